@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The COMET checkpoint format: the one definition that the calibrator writes and the vLLM plugin reads.
+
+Config section (``quantization_config`` of ``config.json``), linear-layer tensors, bit packing, checksums and
+validation. Needs torch and safetensors only; nothing of vLLM, nothing of the calibrator.
+
+A quantised linear layer ``P`` computes ``y = x Wᵀ`` with ``W: [N, K]``. Its K input channels stand in *stored order*:
+position ``j`` holds the model's channel ``input_perm[j]`` (identity if the tensor is absent, because the permutation
+was folded into the layer that produces x). K is cut in blocks of 128 positions, the last may be short.
+
+    W[n, input_perm[j]] = weight_scale[n] · g[n, j // group_size] · (q[n, j] − 8)
+
+========================  =======  =========================  ====================================================
+tensor                    dtype    shape                      meaning
+========================  =======  =========================  ====================================================
+``P.weight_packed``       int32    ``[N, K/8]``               q in 0..15, compressed-tensors' packing, low nibble first
+``P.weight_scale``        float32  ``[N]``                    c, one positive float per output channel
+``P.weight_group_scale``  uint8    ``[N, ceil(K/group_size)]``  g in 1..16; absent for group_size −1, where g ≡ 16
+``P.input_perm``          int32    ``[K]``                    optional; stays inside each of ``tensor_parallel``
+                                                              equal slices of K where a layer is row-parallel
+``P.act_bits``            uint8    ``[ceil(K/128)]``          4 or 8: the activation bits that the block tolerates
+``P.bias``                float    ``[N]``                    optional, in the model's dtype
+========================  =======  =========================  ====================================================
+
+Every safetensors file carries a CRC-32 of each tensor in its metadata, so a damaged file is refused by the name of
+the tensor and never served.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+QUANT_METHOD = "comet"
+FORMAT_VERSION = 1
+BLOCK = 128
+"""Channels that share one activation precision."""
+GROUP_SIZES = (128, 64, -1)
+ACT_BITS = (4, 8)
+KV_GROUP_SIZES = (32, 64, 96, 128)
+CHECKSUM_KEY = "comet_crc32"
+
+WEIGHT_PACKED = "weight_packed"
+WEIGHT_SCALE = "weight_scale"
+WEIGHT_GROUP_SCALE = "weight_group_scale"
+INPUT_PERM = "input_perm"
+ACT_BITS_NAME = "act_bits"
+COMET_SUFFIXES = (WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_GROUP_SCALE, INPUT_PERM, ACT_BITS_NAME)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that does not follow the format; the message names the tensor or key, what was found and the fix."""
+
+
+# ---------------------------------------------------------------------------------------------------- config section
+@dataclass(frozen=True)
+class KVCacheFormat:
+    """4-bit asymmetric KV cache: one fp16 scale and zero-point per (token, KV head, ``group_size`` channels)."""
+
+    group_size: int
+    bits: int = 4
+
+
+@dataclass(frozen=True)
+class CometFormat:
+    """The ``quantization_config`` section of a COMET checkpoint.
+
+    group_size: channels that share one integer weight scale g (128, 64, or -1 for none).
+    ignore: module names (exact, or ``re:`` patterns) that stay in the model's dtype, in the checkpoint's naming.
+    kv_cache: the 4-bit KV cache the model was calibrated for, or None for the model's dtype.
+    tensor_parallel: largest tensor-parallel size the stored permutations allow; every divisor works too.
+    producer: free-form record of how the checkpoint was made; never read back by the plugin.
+    """
+
+    group_size: int = 128
+    ignore: tuple[str, ...] = ("lm_head",)
+    kv_cache: KVCacheFormat | None = None
+    tensor_parallel: int = 1
+    version: int = FORMAT_VERSION
+    producer: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        kv = None if self.kv_cache is None else {"bits": self.kv_cache.bits, "group_size": self.kv_cache.group_size}
+        return {
+            "quant_method": QUANT_METHOD,
+            "version": self.version,
+            "group_size": self.group_size,
+            "ignore": list(self.ignore),
+            "kv_cache": kv,
+            "tensor_parallel": self.tensor_parallel,
+            "producer": self.producer,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> CometFormat:
+        """Parse and validate; raises CheckpointError naming the key, its value and the allowed ones."""
+        known = {"quant_method", "version", "group_size", "ignore", "kv_cache", "tensor_parallel", "producer"}
+        _require(raw.get("quant_method") == QUANT_METHOD, "quant_method", raw.get("quant_method"), f"'{QUANT_METHOD}'")
+        if raw.get("version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"quantization_config.version is {raw.get('version')!r}; this vllm-comet reads version "
+                f"{FORMAT_VERSION}. Calibrate the model again, or install the vllm-comet that wrote it."
+            )
+        unknown = sorted(set(raw) - known)
+        _require(not unknown, "keys", unknown, f"only {sorted(known)}")
+        group_size = raw.get("group_size")
+        _require(group_size in GROUP_SIZES, "group_size", group_size, f"one of {GROUP_SIZES}")
+        ignore = raw.get("ignore", [])
+        ignore_ok = isinstance(ignore, list) and all(isinstance(i, str) for i in ignore)
+        _require(ignore_ok, "ignore", ignore, "a list of module names")
+        tp = raw.get("tensor_parallel", 1)
+        _require(type(tp) is int and tp >= 1, "tensor_parallel", tp, "a positive integer")
+        return cls(group_size, tuple(ignore), _parse_kv_cache(raw.get("kv_cache")), tp, FORMAT_VERSION,
+                   dict(raw.get("producer") or {}))
+
+
+def _require(ok: bool, key: str, found: object, allowed: str) -> None:
+    if not ok:
+        raise CheckpointError(f"quantization_config.{key} is {found!r}; allowed: {allowed}.")
+
+
+def _parse_kv_cache(raw: Any) -> KVCacheFormat | None:
+    if raw is None:
+        return None
+    _require(isinstance(raw, dict), "kv_cache", raw, "null or {bits, group_size}")
+    _require(raw.get("bits") == 4, "kv_cache.bits", raw.get("bits"), "4")
+    _require(raw.get("group_size") in KV_GROUP_SIZES, "kv_cache.group_size", raw.get("group_size"),
+             f"one of {KV_GROUP_SIZES}")
+    return KVCacheFormat(raw["group_size"])
+
+
+# ------------------------------------------------------------------------------------------------ linear-layer tensors
+def num_blocks(k: int) -> int:
+    return -(-k // BLOCK)
+
+
+def num_groups(k: int, group_size: int) -> int:
+    return 0 if group_size == -1 else -(-k // group_size)
+
+
+def linear_tensors(n: int, k: int, group_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every comet tensor of a linear layer ``[n, k]``, by suffix (``input_perm`` is optional)."""
+    if k % 8:
+        raise CheckpointError(f"a linear layer with K = {k} input channels can't be stored: K must be a multiple of 8. "
+                              "Add the layer to `ignore`.")
+    spec: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        WEIGHT_PACKED: ((n, k // 8), torch.int32),
+        WEIGHT_SCALE: ((n,), torch.float32),
+        INPUT_PERM: ((k,), torch.int32),
+        ACT_BITS_NAME: ((num_blocks(k),), torch.uint8),
+    }
+    if group_size != -1:
+        spec[WEIGHT_GROUP_SCALE] = ((n, num_groups(k, group_size)), torch.uint8)
+    return spec
+
+
+def pack_int4(q: torch.Tensor) -> torch.Tensor:
+    """Codes 0..15, any integer dtype ``[N, K]`` → int32 ``[N, K/8]`` in compressed-tensors' packing."""
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    return pack_to_int32((q.to(torch.int16) - 8).to(torch.int8), 4)
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """int32 ``[N, K/8]`` → codes 0..15 as uint8 ``[N, K]``; the inverse of :func:`pack_int4`."""
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=packed.device)
+    return ((packed.unsqueeze(-1) >> shifts) & 15).to(torch.uint8).flatten(-2)
+
+
+def integer_weight(packed: torch.Tensor, group_scale: torch.Tensor | None, group_size: int) -> torch.Tensor:
+    """The integer weight g·(q−8) as int8 ``[N, K]``: what every kernel multiplies by. Always fits int8 (−128..112)."""
+    q = unpack_int4(packed).to(torch.int16) - 8
+    if group_scale is None:
+        return (q * 16).to(torch.int8)
+    k = q.shape[1]
+    g = group_scale.to(torch.int16).repeat_interleave(group_size, dim=1)[:, :k]
+    return (q * g).to(torch.int8)
+
+
+def check_permutation(perm: torch.Tensor, slices: int, name: str) -> None:
+    """Raise CheckpointError unless ``perm`` ``[K]`` permutes each of ``slices`` equal parts of 0..K−1 in itself."""
+    k = perm.numel()
+    if k % slices:
+        raise CheckpointError(f"{name}: K = {k} channels can't be cut in {slices} tensor-parallel slices.")
+    width = k // slices
+    expect = torch.arange(k, dtype=torch.int64).view(slices, width)
+    found = perm.detach().to("cpu", torch.int64).view(slices, width).sort(dim=1).values
+    if not torch.equal(found, expect):
+        bad = int((found != expect).any(dim=1).nonzero()[0])
+        raise CheckpointError(f"{name} is not a permutation of channels {bad * width}..{(bad + 1) * width - 1} in its "
+                              f"positions {bad * width}..{(bad + 1) * width - 1} (slice {bad} of {slices}).")
+
+
+def check_values(tensors: dict[str, torch.Tensor], prefix: str) -> None:
+    """Raise CheckpointError unless the small tensors of layer ``prefix`` hold only values the format allows."""
+    scale = tensors[WEIGHT_SCALE]
+    if not bool((torch.isfinite(scale) & (scale > 0)).all()):
+        raise CheckpointError(f"{prefix}.{WEIGHT_SCALE} holds values that are not positive and finite.")
+    bits = tensors[ACT_BITS_NAME]
+    if not bool(((bits == 4) | (bits == 8)).all()):
+        raise CheckpointError(f"{prefix}.{ACT_BITS_NAME} holds {sorted(set(bits.tolist()))}; allowed: {ACT_BITS}.")
+    group = tensors.get(WEIGHT_GROUP_SCALE)
+    if group is not None and not bool(((group >= 1) & (group <= 16)).all()):
+        raise CheckpointError(f"{prefix}.{WEIGHT_GROUP_SCALE} holds values outside 1..16.")
