@@ -209,3 +209,166 @@ def check_values(tensors: dict[str, torch.Tensor], prefix: str) -> None:
     group = tensors.get(WEIGHT_GROUP_SCALE)
     if group is not None and not bool(((group >= 1) & (group <= 16)).all()):
         raise CheckpointError(f"{prefix}.{WEIGHT_GROUP_SCALE} holds values outside 1..16.")
+
+
+# ------------------------------------------------------------------------------------------------ files and verification
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """What :func:`verify_checkpoint` found: quantised layer names, bytes of all tensors, mean INT8 share by channel."""
+
+    layers: tuple[str, ...]
+    num_bytes: int
+    int8_share: float
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor in a safetensors file: dtype as the file spells it, shape, byte range from the start of the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    crc32: str | None
+
+
+_FILE_DTYPES = {torch.int32: "I32", torch.uint8: "U8", torch.float32: "F32"}
+
+
+def tensor_crc32(tensor: torch.Tensor) -> str:
+    """CRC-32 of the tensor's bytes in row-major order, 8 hex digits."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"{zlib.crc32(data):08x}"
+
+
+def save_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write one safetensors file with the format's metadata (CRC-32 of every tensor)."""
+    from safetensors.torch import save_file
+
+    checksums = {name: tensor_crc32(tensor) for name, tensor in tensors.items()}
+    metadata = {"format": "pt", CHECKSUM_KEY: json.dumps(checksums, sort_keys=True)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+
+
+def verify_checkpoint(directory: Path | str, contents: bool = True) -> CheckpointSummary:
+    """Check config, file list, tensor names, shapes, dtypes, values and (``contents``) checksums of a checkpoint.
+
+    Raises CheckpointError naming the file and tensor, what was found and what was expected.
+    """
+    directory = Path(directory)
+    fmt = CometFormat.from_dict(_read_json(directory / "config.json").get("quantization_config") or {})
+    entries = _read_entries(directory)
+    layers = sorted({name.rsplit(".", 1)[0] for name in entries if name.endswith(f".{WEIGHT_PACKED}")})
+    for name in entries:
+        layer, _, suffix = name.rpartition(".")
+        if suffix in COMET_SUFFIXES and layer not in layers:
+            raise CheckpointError(f"{name} has no {layer}.{WEIGHT_PACKED} beside it.")
+    for layer in layers:
+        _check_layer(layer, entries, fmt)
+    if contents:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda item: _check_contents(*item), entries.items()))
+    low = high = 0
+    for layer in layers:
+        k = entries[f"{layer}.{WEIGHT_PACKED}"].shape[1] * 8
+        small = {s: read_tensor(entries[f"{layer}.{s}"]) for s in COMET_SUFFIXES[1:] if f"{layer}.{s}" in entries}
+        check_values(small, layer)
+        if INPUT_PERM in small:
+            check_permutation(small[INPUT_PERM], 1, f"{layer}.{INPUT_PERM}")
+        channels = torch.full((num_blocks(k),), BLOCK).clamp_max(k - BLOCK * torch.arange(num_blocks(k)))
+        high += int(channels[small[ACT_BITS_NAME] == 8].sum())
+        low += k
+    return CheckpointSummary(tuple(layers), sum(e.end - e.start for e in entries.values()), high / max(low, 1))
+
+
+def read_tensor(entry: _Entry) -> torch.Tensor:
+    dtype = {"I32": torch.int32, "U8": torch.uint8, "F32": torch.float32}[entry.dtype]
+    return torch.frombuffer(bytearray(_read_bytes(entry)), dtype=dtype).view(entry.shape)
+
+
+def _read_bytes(entry: _Entry) -> bytes:
+    with entry.file.open("rb") as handle:
+        handle.seek(entry.start)
+        return handle.read(entry.end - entry.start)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+
+
+def _read_entries(directory: Path) -> dict[str, _Entry]:
+    """Headers of all safetensors files that the index (or, without one, the folder) names."""
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        where: dict[str, str] = _read_json(index).get("weight_map", {})
+        files = sorted(set(where.values()))
+    else:
+        where, files = {}, sorted(p.name for p in directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{directory} holds no safetensors file.")
+    entries: dict[str, _Entry] = {}
+    for name in files:
+        entries.update(_read_header(directory / name))
+    missing = sorted(tensor for tensor in where if tensor not in entries)
+    if missing:
+        raise CheckpointError(f"{directory / where[missing[0]]} lacks tensor {missing[0]} that {index.name} places there.")
+    return entries
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing.")
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            if length > size:
+                raise ValueError(f"header of {length} bytes in a file of {size}")
+            header = json.loads(handle.read(length))
+        metadata = header.pop("__metadata__", {})
+        checksums = json.loads(metadata.get(CHECKSUM_KEY, "{}"))
+        entries = {
+            name: _Entry(path, info["dtype"], tuple(info["shape"]), 8 + length + info["data_offsets"][0],
+                         8 + length + info["data_offsets"][1], checksums.get(name))
+            for name, info in header.items()
+        }
+    except (ValueError, KeyError, struct.error) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}. Copy it again.") from None
+    for name, entry in entries.items():
+        if entry.end > size:
+            raise CheckpointError(f"{path} is truncated: it has {size} bytes, tensor {name} ends at {entry.end}. "
+                                  "Copy it again.")
+    return entries
+
+
+def _check_layer(layer: str, entries: dict[str, _Entry], fmt: CometFormat) -> None:
+    n, packed = entries[f"{layer}.{WEIGHT_PACKED}"].shape
+    spec = linear_tensors(n, packed * 8, fmt.group_size)
+    for suffix, (shape, dtype) in spec.items():
+        entry = entries.get(f"{layer}.{suffix}")
+        if entry is None:
+            if suffix == INPUT_PERM:
+                continue
+            raise CheckpointError(f"{layer}.{suffix} is missing; layer {layer} needs {sorted(set(spec) - {INPUT_PERM})}.")
+        if entry.shape != shape or entry.dtype != _FILE_DTYPES[dtype]:
+            raise CheckpointError(f"{layer}.{suffix} in {entry.file.name} is {entry.dtype} {list(entry.shape)}; expected "
+                                  f"{_FILE_DTYPES[dtype]} {list(shape)} for group_size {fmt.group_size}.")
+    if fmt.group_size == -1 and f"{layer}.{WEIGHT_GROUP_SCALE}" in entries:
+        raise CheckpointError(f"{layer}.{WEIGHT_GROUP_SCALE} must not be there: group_size is -1.")
+    if f"{layer}.weight" in entries:
+        raise CheckpointError(f"{layer}.weight stands beside {layer}.{WEIGHT_PACKED}: a layer is quantised or not.")
+
+
+def _check_contents(name: str, entry: _Entry) -> None:
+    if entry.crc32 is None:
+        raise CheckpointError(f"{entry.file} carries no checksum for {name}: it was not written by this format.")
+    found = f"{zlib.crc32(_read_bytes(entry)):08x}"
+    if found != entry.crc32:
+        raise CheckpointError(f"{name} in {entry.file} is damaged: CRC-32 {found}, expected {entry.crc32}. Copy the file "
+                              "again.")
