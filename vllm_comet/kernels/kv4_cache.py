@@ -9,10 +9,10 @@ Quantisation is asymmetric, per (token, KV head, group of ``group_size`` channel
 A page holds ``block_size`` tokens of one KV head in ``block_size · C`` contiguous bytes, as planes, so that every plane
 starts 16-byte aligned and a tile of tokens is one contiguous run (D = head_dim, G = D / group_size):
 
-    K codes [block_size, D/2] | V codes [block_size, D/2] | K meta [block_size, G, 2] fp16 | V meta [block_size, G, 2] fp16
+    K codes [block_size, D/2] | V codes [block_size, D/2] | K meta [block_size, G, 2] | V meta [block_size, G, 2]
 
-``meta`` is (scale, zero). The codes of a token are D/4 int16 lanes: nibble i (from the low end) of lane j holds channel
-``i · D/4 + j``, so one AND yields two channels that lie in the right place for a tensor-core operand.
+``meta`` is (scale, zero) in fp16. The codes of a token are D/4 int16 lanes: nibble i (from the low end) of lane j holds
+channel ``i · D/4 + j``, so one AND yields two channels that lie in the right place for a tensor-core operand.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def bytes_per_token(head_dim: int, group_size: int) -> int:
 
 
 def page_views(cache: torch.Tensor, head_dim: int, group_size: int) -> PageViews:
-    """Planes of ``cache`` ``[B, H, block_size, C]`` uint8; needs ``block_size · C`` contiguous bytes per (page, head)."""
+    """Planes of ``cache`` ``[B, H, block_size, C]`` uint8; a (page, head) must be contiguous."""
     pages, heads, block_size, content = cache.shape
     if content != bytes_per_token(head_dim, group_size) or cache.stride()[2:] != (content, 1):
         raise ValueError(f"KV cache of shape {tuple(cache.shape)} and strides {cache.stride()} is not a 4-bit page of "
@@ -82,7 +82,7 @@ def dequantize_kv_ref(codes: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
 def store_kv_ref(
     key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor, group_size: int
 ) -> None:
-    """Quantise ``key`` and ``value`` ``[T, H, D]`` into ``cache`` ``[B, H, block_size, C]`` at ``slot_mapping`` ``[T]``.
+    """Quantise ``key``, ``value`` ``[T, H, D]`` into ``cache`` ``[B, H, block_size, C]`` at ``slot_mapping`` ``[T]``.
 
     Slot s is token ``s % block_size`` of page ``s // block_size``; −1 marks padding and writes nothing.
     """
@@ -97,7 +97,7 @@ def store_kv_ref(
 def load_kv_ref(
     cache: torch.Tensor, pages: torch.Tensor, length: int, head_dim: int, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K̂ and V̂ float32 ``[H, length, D]`` of the first ``length`` tokens of a request whose page ids are ``pages`` ``[P]``."""
+    """K̂ and V̂ float32 ``[H, length, D]`` of the first ``length`` tokens in pages ``pages`` ``[P]``."""
     views = page_views(cache, head_dim, group_size)
     pages = pages[: -(-length // cache.shape[2])].to(torch.int64)
 
