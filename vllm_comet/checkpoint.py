@@ -198,20 +198,23 @@ def check_permutation(perm: torch.Tensor, slices: int, name: str) -> None:
                               f"positions {bad * width}..{(bad + 1) * width - 1} (slice {bad} of {slices}).")
 
 
-def check_values(tensors: dict[str, torch.Tensor], prefix: str) -> None:
-    """Raise CheckpointError unless the small tensors of layer ``prefix`` hold only values the format allows."""
+def check_values(tensors: dict[str, torch.Tensor], prefix: str, k: int) -> None:
+    """Raise CheckpointError unless the small tensors of layer ``prefix`` (K = ``k``) hold only allowed values."""
     scale = tensors[WEIGHT_SCALE]
     if not bool((torch.isfinite(scale) & (scale > 0)).all()):
         raise CheckpointError(f"{prefix}.{WEIGHT_SCALE} holds values that are not positive and finite.")
     bits = tensors[ACT_BITS_NAME]
     if not bool(((bits == 4) | (bits == 8)).all()):
         raise CheckpointError(f"{prefix}.{ACT_BITS_NAME} holds {sorted(set(bits.tolist()))}; allowed: {ACT_BITS}.")
+    if k % BLOCK and bool((bits == 8).any()) and int(bits[-1]) != 8:
+        raise CheckpointError(f"{prefix}.{ACT_BITS_NAME}: the short last block ({k % BLOCK} channels) must be INT8, "
+                              "because other blocks are and INT8 blocks come last.")
     group = tensors.get(WEIGHT_GROUP_SCALE)
     if group is not None and not bool(((group >= 1) & (group <= 16)).all()):
         raise CheckpointError(f"{prefix}.{WEIGHT_GROUP_SCALE} holds values outside 1..16.")
 
 
-# ------------------------------------------------------------------------------------------------ files and verification
+# ----------------------------------------------------------------------------------------------- files and verification
 @dataclass(frozen=True)
 class CheckpointSummary:
     """What :func:`verify_checkpoint` found: quantised layer names, bytes of all tensors, mean INT8 share by channel."""
@@ -273,7 +276,7 @@ def verify_checkpoint(directory: Path | str, contents: bool = True) -> Checkpoin
     for layer in layers:
         k = entries[f"{layer}.{WEIGHT_PACKED}"].shape[1] * 8
         small = {s: read_tensor(entries[f"{layer}.{s}"]) for s in COMET_SUFFIXES[1:] if f"{layer}.{s}" in entries}
-        check_values(small, layer)
+        check_values(small, layer, k)
         if INPUT_PERM in small:
             check_permutation(small[INPUT_PERM], 1, f"{layer}.{INPUT_PERM}")
         channels = torch.full((num_blocks(k),), BLOCK).clamp_max(k - BLOCK * torch.arange(num_blocks(k)))
@@ -317,7 +320,7 @@ def _read_entries(directory: Path) -> dict[str, _Entry]:
         entries.update(_read_header(directory / name))
     missing = sorted(tensor for tensor in where if tensor not in entries)
     if missing:
-        raise CheckpointError(f"{directory / where[missing[0]]} lacks tensor {missing[0]} that {index.name} places there.")
+        raise CheckpointError(f"{directory / where[missing[0]]} lacks tensor {missing[0]}, listed in {index.name}.")
     return entries
 
 
@@ -355,10 +358,10 @@ def _check_layer(layer: str, entries: dict[str, _Entry], fmt: CometFormat) -> No
         if entry is None:
             if suffix == INPUT_PERM:
                 continue
-            raise CheckpointError(f"{layer}.{suffix} is missing; layer {layer} needs {sorted(set(spec) - {INPUT_PERM})}.")
+            raise CheckpointError(f"{layer}.{suffix} is missing; the layer needs {sorted(set(spec) - {INPUT_PERM})}.")
         if entry.shape != shape or entry.dtype != _FILE_DTYPES[dtype]:
-            raise CheckpointError(f"{layer}.{suffix} in {entry.file.name} is {entry.dtype} {list(entry.shape)}; expected "
-                                  f"{_FILE_DTYPES[dtype]} {list(shape)} for group_size {fmt.group_size}.")
+            raise CheckpointError(f"{layer}.{suffix} in {entry.file.name} is {entry.dtype} {list(entry.shape)}; "
+                                  f"expected {_FILE_DTYPES[dtype]} {list(shape)} for group_size {fmt.group_size}.")
     if fmt.group_size == -1 and f"{layer}.{WEIGHT_GROUP_SCALE}" in entries:
         raise CheckpointError(f"{layer}.{WEIGHT_GROUP_SCALE} must not be there: group_size is -1.")
     if f"{layer}.weight" in entries:
@@ -370,5 +373,5 @@ def _check_contents(name: str, entry: _Entry) -> None:
         raise CheckpointError(f"{entry.file} carries no checksum for {name}: it was not written by this format.")
     found = f"{zlib.crc32(_read_bytes(entry)):08x}"
     if found != entry.crc32:
-        raise CheckpointError(f"{name} in {entry.file} is damaged: CRC-32 {found}, expected {entry.crc32}. Copy the file "
-                              "again.")
+        raise CheckpointError(f"{name} in {entry.file} is damaged: CRC-32 {found}, expected {entry.crc32}. Copy the "
+                              "file again.")

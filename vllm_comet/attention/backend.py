@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CometAttentionBackend: the 4-bit KV cache as a vLLM attention backend.
+
+Declares the page (``kernels/kv4_cache.py``) to vLLM, which then plans, logs and allocates it, carries each batch's
+metadata, and hands both to the device's kernels. K and V are quantised when written and attention reads only what is
+written, also for the tokens of the current step, so chunked prefill, prefix hits, preemption and rollback see the
+same values.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from vllm_comet.kernels import kv4_cache, kv4_cpu
+
+BLOCK_SIZE_MULTIPLE = 16
+
+
+class CometAttentionBackend(AttentionBackend):
+    """Subclassed per KV group size by :func:`backend_for`; the class itself only says what is supported."""
+
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    group_size: ClassVar[int] = 0
+
+    @staticmethod
+    def get_name() -> str:
+        return "COMET"
+
+    @staticmethod
+    def get_impl_cls() -> type[CometAttentionImpl]:
+        return CometAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[CometMetadataBuilder]:
+        return CometMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # A page's planes lie in the contiguous [N, C] bytes of one (block, head).
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        if not cls.group_size:
+            raise ValueError("--attention-backend COMET needs a COMET checkpoint with a kv_cache section.")
+        if spec.state_content_bytes is not None:
+            return spec
+        content = kv4_cache.bytes_per_token(spec.head_size, cls.group_size)
+        return replace(spec, dtype=torch.uint8, state_content_bytes=content)
+
+
+@functools.cache
+def backend_for(group_size: int) -> type[CometAttentionBackend]:
+    """The backend class whose pages have ``group_size`` channels per scale (vLLM wants a class, not an object)."""
+    impl = type(f"CometAttentionImplG{group_size}", (CometAttentionImpl,), {"group_size": group_size})
+    members = {"group_size": group_size, "get_impl_cls": staticmethod(lambda: impl)}
+    return type(f"CometAttentionBackendG{group_size}", (CometAttentionBackend,), members)
+
+
+@dataclass
+class CometAttentionMetadata(AttentionMetadata):
+    """One batch: R requests, T tokens; request r owns query rows ``query_start_loc[r] .. query_start_loc[r+1]``."""
+
+    num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    query_start_loc: torch.Tensor  # int32 [R + 1]
+    seq_lens: torch.Tensor  # int32 [R], tokens in the cache including this step's
+    block_table: torch.Tensor  # int32 [R, P]
+
+
+class CometMetadataBuilder(AttentionMetadataBuilder[CometAttentionMetadata]):
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> CometAttentionMetadata:
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise ValueError("COMET attention is causal only; serve this model with --kv-cache-dtype bfloat16.")
+        return CometAttentionMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            max_query_len=common.max_query_len,
+            max_seq_len=common.max_seq_len,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+        )
+
+
+class CometAttentionImpl(AttentionImpl[CometAttentionMetadata]):
+    """Store and attend on 4-bit pages; ``kv_cache`` is uint8 ``[B, H, block_size, C]`` (``kernels/kv4_cache.py``)."""
+
+    group_size: ClassVar[int] = 0
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.sliding_window = sliding_window
+        self.kv_cache_dtype = kv_cache_dtype
+        # Kept for attention.select, which refuses what the kernels don't do.
+        self.alibi_slopes = alibi_slopes
+        self.logits_soft_cap = logits_soft_cap
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of K and V per token and KV head."""
+        return kv4_cache.bytes_per_token(self.head_size, self.group_size)
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Quantise this step's K and V ``[T, H, D]`` into the pages; slots are −1 where the batch is padded."""
+        tokens = slot_mapping.shape[0]
+        kv4_cache.store_kv_ref(key[:tokens], value[:tokens], kv_cache, slot_mapping, self.group_size)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: CometAttentionMetadata,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of ``query`` ``[T, Hq, D]`` over the pages into ``output`` ``[T, Hq, D]``; K, V are stored already."""
+        if attn_metadata is None:  # vLLM's profiling run
+            return output.fill_(0)
+        tokens = attn_metadata.num_actual_tokens
+        kv4_cpu.attention(
+            query[:tokens], kv_cache, attn_metadata.block_table, attn_metadata.query_start_loc,
+            attn_metadata.seq_lens, self.group_size, self.scale, self.sliding_window, output[:tokens],
+        )
+        return output
