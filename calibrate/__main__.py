@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command line of the calibrator: ``comet-calibrate MODEL --out DIR``, the same as ``python -m calibrate``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from calibrate.errors import CalibrationError
+from vllm_comet.checkpoint import GROUP_SIZES, KV_GROUP_SIZES, CheckpointError
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("comet-calibrate", description="Quantise a model into a COMET checkpoint.",
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("model", help="Hugging Face folder, hub id, or .gguf file")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--data", type=Path, help="calibration text, .txt or .jsonl (default: the text shipped here)")
+    parser.add_argument("--samples", type=_positive, help="number of samples (default: what the text gives, at most 128)")
+    parser.add_argument("--length", type=_positive, default=1024, help="tokens of a sample")
+    parser.add_argument("--seed", type=int, default=0, help="draws the samples")
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64, help="channels of a weight scale")
+    parser.add_argument("--int8-share", type=_share, default=0.16, help="most of all channels that may stay INT8")
+    parser.add_argument("--kv-group-size", type=int, choices=KV_GROUP_SIZES, help="channels of a KV scale "
+                        "(default: head_dim, at most 128)")
+    parser.add_argument("--no-kv4", action="store_true", help="leave the KV cache in bf16")
+    parser.add_argument("--tensor-parallel", type=_positive, help="largest tensor-parallel size to serve at (default: "
+                        "what the shapes allow, at most 8)")
+    parser.add_argument("--damping", type=float, default=0.01, help="of the Hessian, relative to its mean diagonal")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code. Errors a user can cause end in one line on stderr."""
+    args = parse_args(argv)
+    try:
+        return _run(args)
+    except (CalibrationError, CheckpointError) as error:
+        print(f"comet-calibrate: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ncomet-calibrate: interrupted; {args.out} was not written. Continue with --resume.", file=sys.stderr)
+        return 130
+
+
+def _run(args: argparse.Namespace) -> int:
+    from calibrate.loading import open_model
+    from calibrate.pipeline import Options, calibrate
+
+    options = Options(
+        data=args.data, samples=args.samples, length=args.length, seed=args.seed, group_size=args.group_size,
+        int8_share=args.int8_share, kv4=not args.no_kv4, kv_group_size=args.kv_group_size,
+        tensor_parallel=args.tensor_parallel, damping=args.damping)
+    start = time.monotonic()
+    with open_model(args.model) as source:
+        result = calibrate(source, args.out, options, args.resume)
+    from calibrate.report import summary
+
+    print(summary(result, args.out, time.monotonic() - start))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoder layer in stages, so that each linear sees its input as the already quantised ones before it produce it.
+
+The maths is Hugging Face's (its norm, rotary and activation modules are used as they are); only the order of calls is
+spelled out here, because the library's ``forward`` can't be stopped between two linears. Every layer holds floats on
+one device; activations are ``[B, T, channels]``.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from calibrate.models import Dims, Family, layer_type
+from vllm_comet.kernels.kv4_cache import dequantize_kv_ref, quantize_kv_ref
+
+
+def round_trip_kv(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """``x`` ``[..., D]`` as the 4-bit cache returns it, in x's dtype."""
+    return dequantize_kv_ref(*quantize_kv_ref(x, group_size)).to(x.dtype)
+
+
+class DecoderBuilder:
+    """Makes decoder layers of a config without allocating the model."""
+
+    def __init__(self, config: PretrainedConfig, family: Family, device: torch.device):
+        config = copy.deepcopy(config)
+        config._attn_implementation = "sdpa"
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config).model
+        self.config, self.family, self.device = config, family, device
+        self._layer_class = type(model.layers[0])
+        self._rotary = type(model.rotary_emb)(config).to(device)
+
+    def build(self, index: int, tensors: dict[str, torch.Tensor]) -> DecoderLayer:
+        """Layer ``index`` from all of its float tensors, names relative to the layer."""
+        with torch.device("meta"):
+            module = self._layer_class(self.config, index)
+        state = {name: tensor.to(self.device, torch.float32) for name, tensor in tensors.items()}
+        module.load_state_dict(state, strict=True, assign=True)
+        return DecoderLayer(module.eval().requires_grad_(False), self, index)
+
+    def embed(self, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Hidden states ``[B, T, hidden]`` float32 of int64 ``tokens``."""
+        hidden = F.embedding(tokens, weight).to(torch.float32)
+        return hidden * self.config.hidden_size**0.5 if self.family.scaled_embedding else hidden
+
+    def rotary(self, hidden: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+        if self.family.scaled_embedding:  # Gemma 3 has one RoPE base per layer type
+            return self._rotary(hidden, positions, layer_type(self.config, index))
+        return self._rotary(hidden, positions)
+
+
+class DecoderLayer:
+    """The stages of one layer, in the order they run."""
+
+    def __init__(self, module: torch.nn.Module, builder: DecoderBuilder, index: int):
+        self.module, self.attn, self.mlp = module, module.self_attn, module.mlp
+        self.builder, self.index = builder, index
+        self.family, self.dims = builder.family, Dims.of(builder.config)
+        sliding = layer_type(builder.config, index) == "sliding_attention"
+        self.window: int | None = builder.config.sliding_window if sliding else None
+
+    def linear(self, name: str) -> torch.nn.Linear:
+        return self.module.get_submodule(name)
+
+    def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.module.input_layernorm(hidden)
+
+    def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k (after RoPE) and v, ``[B, heads, T, head_dim]``."""
+        shape = (*x.shape[:2], -1, self.dims.head_dim)
+        q, k, v = (self.linear(f"self_attn.{n}_proj")(x).view(shape) for n in "qkv")
+        if self.family.qk_norm:
+            q, k = self.attn.q_norm(q), self.attn.k_norm(k)
+        q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *self.builder.rotary(x, self.index))
+        return q, k, v.transpose(1, 2)
+
+    def attention(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_group_size: int | None = None
+    ) -> torch.Tensor:
+        """The input of o_proj ``[B, T, heads · head_dim]``; with ``kv_group_size`` over the 4-bit K and V."""
+        if kv_group_size is not None:
+            k, v = round_trip_kv(k, kv_group_size), round_trip_kv(v, kv_group_size)
+        length = q.shape[2]
+        mask = None
+        if self.window is not None and length > self.window:
+            distance = torch.arange(length, device=q.device).unsqueeze(1) - torch.arange(length, device=q.device)
+            mask = (distance >= 0) & (distance < self.window)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=self.attn.scaling,
+                                             enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)
+
+    def add_attention(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        out = self.attn.o_proj(attended)
+        return hidden + (self.module.post_attention_layernorm(out) if self.family.sandwich_norm else out)
+
+    def mlp_input(self, hidden: torch.Tensor) -> torch.Tensor:
+        norm = "pre_feedforward_layernorm" if self.family.sandwich_norm else "post_attention_layernorm"
+        return self.module.get_submodule(norm)(hidden)
+
+    def mlp_hidden(self, x: torch.Tensor) -> torch.Tensor:
+        """The input of down_proj."""
+        return self.mlp.act_fn(self.mlp.gate_proj(x)) * self.mlp.up_proj(x)
+
+    def add_mlp(self, hidden: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
+        out = self.mlp.down_proj(activated)
+        return hidden + (self.module.post_feedforward_layernorm(out) if self.family.sandwich_norm else out)
+
+    def forward(self, hidden: torch.Tensor, kv_group_size: int | None = None) -> torch.Tensor:
+        attended = self.attention(*self.qkv(self.attention_input(hidden)), kv_group_size)
+        hidden = self.add_attention(hidden, attended)
+        return self.add_mlp(hidden, self.mlp_hidden(self.mlp_input(hidden)))

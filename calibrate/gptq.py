@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounding with error compensation (GPTQ, Frantar et al. 2022) on a fixed two-level grid."""
+
+from __future__ import annotations
+
+import torch
+
+from calibrate.errors import CalibrationError
+from calibrate.grid import HIGH, LOW, Grid
+
+_COLUMNS = 128
+"""Columns between two updates of the rest of the matrix; does not change the result beyond rounding."""
+
+
+def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, damping: float, name: str) -> torch.Tensor:
+    """Codes 0..15 (uint8 ``[N, K]``) that lower ``tr((W − Ŵ) H (W − Ŵ)ᵀ)`` below what rounding to nearest gives.
+
+    weight float32 ``[N, K]`` and hessian float32 ``[K, K]``, both in stored order. Columns are rounded one after the
+    other from the largest Hessian diagonal down, and the rounding error of each is spread over those still to come.
+    The scales do not depend on that order, so it leaves no trace in the checkpoint.
+    """
+    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    weight = weight[:, order].clone()
+    steps = grid.steps(weight.shape[1])[:, order].contiguous()
+    inverse = _inverse_factor(hessian[order][:, order], damping, name)
+    codes = torch.empty_like(weight)
+    for start in range(0, weight.shape[1], _COLUMNS):
+        end = min(start + _COLUMNS, weight.shape[1])
+        errors = _round_columns(weight[:, start:end], steps[:, start:end], inverse[start:end, start:end],
+                                codes[:, start:end])
+        weight[:, end:] -= errors @ inverse[start:end, end:]
+    result = torch.empty_like(codes, dtype=torch.uint8)
+    result[:, order] = (codes - LOW).to(torch.uint8)
+    return result
+
+
+def _round_columns(
+    weight: torch.Tensor, steps: torch.Tensor, inverse: torch.Tensor, codes: torch.Tensor
+) -> torch.Tensor:
+    """Round a block of columns in place into ``codes`` (−8..7); returns its scaled errors ``[N, columns]``."""
+    weight = weight.T.contiguous()  # a column is contiguous
+    steps, errors = steps.T.contiguous(), torch.empty_like(weight)
+    for i in range(weight.shape[0]):
+        code = (weight[i] / steps[i]).round_().clamp_(LOW, HIGH)
+        codes[:, i] = code
+        errors[i] = (weight[i] - code * steps[i]) / inverse[i, i]
+        weight[i + 1 :].addr_(inverse[i, i + 1 :], errors[i], alpha=-1)
+    return errors.T
+
+
+def _inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.Tensor:
+    """Upper Cholesky factor of the damped inverse Hessian; channels that are always zero are left uncoupled."""
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean().clamp_min(1e-12)
+    damped = hessian + torch.diag(torch.where(diagonal > 0, damping * mean, mean))
+    factor, info = torch.linalg.cholesky_ex(damped)
+    if not int(info):
+        factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    if int(info):
+        raise CalibrationError(f"the Hessian of {name} is not positive definite with --damping {damping}; give more "
+                               "calibration text or raise --damping.")
+    return factor
+
+
+def hessian_error(difference: torch.Tensor, hessian: torch.Tensor) -> float:
+    """``tr(D H Dᵀ)``: mean squared error of the layer's output, summed over its outputs."""
+    return float((difference @ hessian).mul_(difference).sum())

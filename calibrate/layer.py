@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantises one decoder layer: each linear on the inputs that the linears before it, already quantised, produce."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from calibrate.decoder import DecoderBuilder, DecoderLayer
+from calibrate.fmpq import error_curve, outlier_last
+from calibrate.gptq import gptq, hessian_error
+from calibrate.grid import QuantizedLinear, search_grid
+from calibrate.models import DOWN, GATE_UP, OUT, QKV, LinearInput
+from calibrate.stats import InputStats
+from vllm_comet.checkpoint import CometFormat
+
+_ROWS = 512
+"""Tokens on which the activation error of a layer is measured."""
+
+
+class LayerCalibrator:
+    """Turns float decoder layers into comet tensors, one at a time."""
+
+    def __init__(self, builder: DecoderBuilder, comet: CometFormat, damping: float):
+        self.builder, self.comet, self.damping = builder, comet, damping
+        self.kv_group_size = comet.kv_cache.group_size if comet.kv_cache else None
+
+    def run(
+        self, index: int, tensors: dict[str, torch.Tensor], chunks: list[torch.Tensor]
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Stored tensors of layer ``index`` (names relative to it, without act_bits) and its report.
+
+        tensors: the layer's weights as loaded. chunks: its input, ``[B, T, hidden]`` float32; left as they are.
+        """
+        layer = self.builder.build(index, tensors)
+        job = _LayerJob(self, layer, index, sum(c.shape[0] * c.shape[1] for c in chunks))
+        job.quantize(QKV, (layer.attention_input(h) for h in chunks))
+        attended = [layer.attention(*layer.qkv(layer.attention_input(h)), self.kv_group_size) for h in chunks]
+        job.quantize(OUT, attended)
+        hidden = [layer.add_attention(h, a) for h, a in zip(chunks, attended, strict=True)]
+        job.quantize(GATE_UP, (layer.mlp_input(h) for h in hidden))
+        job.quantize(DOWN, (layer.mlp_hidden(layer.mlp_input(h)) for h in hidden))
+        return job.stored_tensors(), job.report
+
+
+class _LayerJob:
+    """The state of one layer while its linears are quantised in turn."""
+
+    def __init__(self, owner: LayerCalibrator, layer: DecoderLayer, index: int, tokens: int):
+        self.owner, self.layer, self.index, self.tokens = owner, layer, index, tokens
+        self.done: dict[str, QuantizedLinear] = {}
+        self.report: dict[str, Any] = {}
+
+    def quantize(self, linear_input: LinearInput, inputs: Iterable[torch.Tensor]) -> None:
+        """Quantise the members of ``linear_input`` from their common ``inputs`` and put the result in the layer."""
+        k = self.layer.dims.width(linear_input)
+        name = f"model.layers.{self.index}.{linear_input.members[0]}"
+        stats = InputStats(name, k, self.owner.builder.device, _ROWS, self.tokens)
+        for x in inputs:
+            stats.add(x)
+        slices = self.owner.comet.tensor_parallel if linear_input.row_parallel else 1
+        perm = outlier_last(stats.peak, slices)
+        hessian = stats.hessian[perm][:, perm]
+        errors, weights = {}, []
+        for member in linear_input.members:
+            linear = self.layer.linear(member)
+            weight = linear.weight[:, perm]
+            quantized = self._quantize_weight(weight, hessian, f"model.layers.{self.index}.{member}")
+            quantized.perm = perm
+            self.done[member] = quantized
+            stored = (quantized.codes.to(torch.float32) - 8) * quantized.grid.steps(k)
+            power = hessian_error(weight, hessian)
+            errors[member] = hessian_error(stored - weight, hessian) / max(power, 1e-30)
+            linear.weight[:, perm] = stored
+            weights.append(stored)
+        curve = error_curve(stats.rows[:, perm], torch.cat(weights), slices)
+        self.report[linear_input.name] = {"weight_error": errors, "activation_error": curve}
+
+    def _quantize_weight(self, weight: torch.Tensor, hessian: torch.Tensor, name: str) -> QuantizedLinear:
+        grid = search_grid(weight, hessian.diagonal(), self.owner.comet.group_size)
+        return QuantizedLinear(grid, gptq(weight, hessian, grid, self.owner.damping, name))
+
+    def stored_tensors(self) -> dict[str, torch.Tensor]:
+        """Everything of the layer that goes on disk; the order of down_proj's input is folded into gate and up."""
+        down = self.done[DOWN.members[0]]
+        assert down.perm is not None
+        for member in GATE_UP.members:
+            self.done[member] = self.done[member].permute_rows(down.perm)
+        down.perm = None
+        tensors = {f"{m}.{suffix}": t for m, q in self.done.items() for suffix, t in q.tensors().items()}
+        for name, parameter in self.layer.module.named_parameters():
+            if name.removesuffix(".weight") not in self.done:
+                tensors[name] = parameter.detach().cpu().to(torch.bfloat16)
+        return tensors

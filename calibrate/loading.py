@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a model's tensors come from: a Hugging Face folder, a hub id, or a GGUF file converted once to such a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from calibrate.errors import CalibrationError
+from calibrate.models import family_of
+
+_INDEX = "model.safetensors.index.json"
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+_DIGIT_SPLITTING = ("smollm",)
+"""``tokenizer.ggml.pre`` values whose pre-tokenizer splits digits; transformers' GGUF reader drops that step."""
+
+
+class ModelSource:
+    """A local Hugging Face folder of safetensors, read tensor by tensor."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self._files = self._locate(directory)
+
+    @staticmethod
+    def _locate(directory: Path) -> dict[str, Path]:
+        index = directory / _INDEX
+        if index.exists():
+            return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        files = sorted(directory.glob("*.safetensors"))
+        if not files:
+            raise CalibrationError(f"{directory} holds no .safetensors file; save the model with save_pretrained().")
+        located: dict[str, Path] = {}
+        for file in files:
+            with safe_open(file, "pt") as handle:
+                located.update(dict.fromkeys(handle.keys(), file))
+        return located
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self._files)
+
+    def config(self) -> PretrainedConfig:
+        config = AutoConfig.from_pretrained(self.directory)
+        if getattr(config, "quantization_config", None):
+            raise CalibrationError(f"{self.directory} is quantised already; start from the model's original weights.")
+        return config
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return AutoTokenizer.from_pretrained(self.directory)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One tensor in the precision of the file; raises CalibrationError if it is missing or not finite."""
+        if name not in self._files:
+            raise CalibrationError(f"{self.directory} lacks the tensor {name}.")
+        with safe_open(self._files[name], "pt") as handle:
+            tensor = handle.get_tensor(name)
+        if not bool(torch.isfinite(tensor).all()):
+            raise CalibrationError(f"{name} in {self._files[name].name} holds NaN or infinite values.")
+        return tensor
+
+    def module_tensors(self, prefix: str) -> dict[str, torch.Tensor]:
+        """All tensors below ``prefix.``, names relative to it."""
+        start = len(prefix) + 1
+        return {name[start:]: self.tensor(name) for name in self.names if name.startswith(prefix + ".")}
+
+
+@contextlib.contextmanager
+def open_model(model: str) -> Iterator[ModelSource]:
+    """Open ``model``: a folder, a ``.gguf`` file (converted to a temporary folder), or a hub id (downloaded)."""
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise CalibrationError(f"{path} holds no config.json: it is not a Hugging Face model folder.")
+        yield ModelSource(path)
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise CalibrationError(f"{path} does not exist.")
+        with tempfile.TemporaryDirectory(prefix="comet-gguf-") as folder:
+            convert_gguf(path, Path(folder))
+            yield ModelSource(Path(folder))
+    else:
+        yield ModelSource(_download(model))
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_HUB_FILES))
+    except HFValidationError:
+        raise CalibrationError(f"{model} is neither a folder, nor a .gguf file, nor a hub id.") from None
+    except OSError as error:
+        raise CalibrationError(f"{model} is no local folder or .gguf file, and the hub could not give it: "
+                               f"{str(error).splitlines()[0]}") from None
+
+
+def convert_gguf(path: Path, directory: Path) -> None:
+    """Dequantise a GGUF file into a bf16 Hugging Face folder with its tokenizer. Holds the whole model in memory."""
+    import gguf
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    family_of(config)
+    tensors = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model, torch_dtype=torch.bfloat16)
+    save_file({name: t.contiguous() for name, t in tensors["tensors"].items()}, directory / "model.safetensors",
+              metadata={"format": "pt"})
+    config.dtype = torch.bfloat16
+    config.save_pretrained(directory)
+    _save_generation_config(model, directory)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(directory)
+    pre = gguf.GGUFReader(path).get_field("tokenizer.ggml.pre")
+    if pre is not None and pre.contents() in _DIGIT_SPLITTING:
+        _split_digits(directory / "tokenizer.json")
+
+
+def _save_generation_config(model: torch.nn.Module, directory: Path) -> None:
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(directory)
+
+
+def _split_digits(path: Path) -> None:
+    tokenizer = json.loads(path.read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [digits, tokenizer["pre_tokenizer"]]}
+    path.write_text(json.dumps(tokenizer, ensure_ascii=False))

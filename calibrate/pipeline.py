@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The calibration run: embed the text, then layer by layer observe, quantise and propagate; at the end spend the INT8
+budget and write the checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from calibrate.data import load_text, token_windows
+from calibrate.decoder import DecoderBuilder, DecoderLayer
+from calibrate.errors import CalibrationError
+from calibrate.export import ShardWriter, Workspace, write_metadata
+from calibrate.fmpq import Candidate, act_bits, allocate
+from calibrate.grid import dequantize
+from calibrate.layer import LayerCalibrator
+from calibrate.loading import ModelSource
+from calibrate.models import LINEAR_INPUTS, Dims, check_dims, choose_tensor_parallel, family_of
+from vllm_comet import checkpoint as fmt
+
+_CHUNK_TOKENS = 8192
+_MOST_SAMPLES = 128
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that decides what is written; two runs with equal options and inputs give equal bytes."""
+
+    data: Path | None = None
+    samples: int | None = None
+    length: int = 1024
+    seed: int = 0
+    group_size: int = 64
+    int8_share: float = 0.16
+    kv4: bool = True
+    kv_group_size: int | None = None
+    tensor_parallel: int | None = None
+    damping: float = 0.01
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run reports."""
+
+    num_bytes: int
+    base_bytes: int
+    int8_share: float
+    layers: list[dict[str, Any]]
+
+
+@contextlib.contextmanager
+def calibration_math() -> Iterator[None]:
+    """Matrix products of activations in bf16 with float32 sums, as the served model computes them; deterministic."""
+    mkldnn, cuda = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision = mkldnn, cuda
+
+
+def kv_format(options: Options, dims: Dims) -> fmt.KVCacheFormat | None:
+    """The KV section of the checkpoint; raises CalibrationError for a group size that head_dim or the format rules out."""
+    if not options.kv4:
+        return None
+    size = options.kv_group_size or min(dims.head_dim, 128)
+    allowed = [g for g in fmt.KV_GROUP_SIZES if dims.head_dim % g == 0]
+    if size not in allowed:
+        raise CalibrationError(f"--kv-group-size {size} does not fit head_dim {dims.head_dim}; allowed: {allowed}"
+                               f"{'' if allowed else ' none, use --no-kv4'}.")
+    return fmt.KVCacheFormat(size)
+
+
+def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = False,
+              device: torch.device | None = None) -> Result:
+    """Quantise ``source`` into the new folder ``out``; see :class:`Options`. Raises CalibrationError."""
+    config = source.config()
+    family, dims = family_of(config), Dims.of(config)
+    check_dims(dims)
+    comet = fmt.CometFormat(
+        group_size=options.group_size, kv_cache=kv_format(options, dims),
+        tensor_parallel=choose_tensor_parallel(dims, options.tensor_parallel), producer=_producer(options))
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = source.tokenizer()
+    windows = token_windows(load_text(options.data, tokenizer), tokenizer, options.samples, options.length, options.seed,
+                            _MOST_SAMPLES)
+    run = {key: str(value) for key, value in asdict(options).items()} | {"model": config.to_dict()["architectures"][0]}
+    workspace = Workspace(out, run, resume)
+    with calibration_math():
+        builder = DecoderBuilder(config, family, device)
+        calibrator = LayerCalibrator(builder, comet, options.damping)
+        embedding = source.tensor("model.embed_tokens.weight")
+        chunks = [builder.embed(chunk, embedding).to(device)
+                  for chunk in windows.split(max(1, _CHUNK_TOKENS // windows.shape[1]))]
+        progress = tqdm(range(dims.layers), unit="layer", desc="calibrating", dynamic_ncols=True)
+        for index in progress:
+            if not workspace.has_layer(index):
+                tensors, report = calibrator.run(index, source.module_tensors(f"model.layers.{index}"), chunks)
+                workspace.save_layer(index, tensors, report)
+            _propagate(load_quantized(builder, index, workspace.load_layer(index), comet), chunks, comet)
+    return _export(source, workspace, comet, dims, options)
+
+
+def load_quantized(
+    builder: DecoderBuilder, index: int, tensors: dict[str, torch.Tensor], comet: fmt.CometFormat
+) -> DecoderLayer:
+    """The decoder layer that computes with the dequantised weights of ``tensors`` (names relative to the layer)."""
+    plain = {name: t for name, t in tensors.items() if name.rsplit(".", 1)[1] not in fmt.COMET_SUFFIXES}
+    for name in tensors:
+        prefix, _, suffix = name.rpartition(".")
+        if suffix == fmt.WEIGHT_PACKED:
+            stored = {s: tensors[f"{prefix}.{s}"] for s in fmt.COMET_SUFFIXES if f"{prefix}.{s}" in tensors}
+            plain[f"{prefix}.weight"] = dequantize(stored, comet.group_size)
+    return builder.build(index, plain)
+
+
+def _propagate(layer: DecoderLayer, chunks: list[torch.Tensor], comet: fmt.CometFormat) -> None:
+    kv_group_size = comet.kv_cache.group_size if comet.kv_cache else None
+    for i, hidden in enumerate(chunks):
+        chunks[i] = layer.forward(hidden, kv_group_size)
+
+
+def _export(source: ModelSource, workspace: Workspace, comet: fmt.CometFormat, dims: Dims, options: Options) -> Result:
+    reports = [workspace.load_report(index) for index in range(dims.layers)]
+    candidates = [
+        Candidate(f"{index}.{i.name}", dims.width(i), comet.tensor_parallel if i.row_parallel else 1,
+                  tuple(report[i.name]["activation_error"]))
+        for index, report in enumerate(reports) for i in LINEAR_INPUTS
+    ]
+    counts = iter(zip(candidates, allocate(candidates, options.int8_share), strict=True))
+    writer = ShardWriter(workspace.partial)
+    writer.add({name: source.tensor(name).to(torch.bfloat16) for name in source.names
+                if not name.startswith("model.layers.") and not _is_tied_head(name, source)})
+    for index, report in enumerate(reports):
+        tensors = workspace.load_layer(index)
+        for linear_input in LINEAR_INPUTS:
+            candidate, count = next(counts)
+            report[linear_input.name].update(int8_blocks=count * candidate.slices, int8_blocks_per_slice=count)
+            bits = act_bits(candidate.k, candidate.slices, count)
+            tensors.update({f"{member}.{fmt.ACT_BITS_NAME}": bits.clone() for member in linear_input.members})
+        writer.add({f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()})
+    writer.close()
+    write_metadata(source, source.config(), comet, workspace.partial)
+    summary = workspace.finish()
+    return Result(summary.num_bytes, base_bytes(source), summary.int8_share, reports)
+
+
+def _is_tied_head(name: str, source: ModelSource) -> bool:
+    return name == "lm_head.weight" and bool(source.config().tie_word_embeddings)
+
+
+def base_bytes(source: ModelSource) -> int:
+    """Bytes of the model in bf16."""
+    return sum(2 * source.tensor(name).numel() for name in source.names if not _is_tied_head(name, source))
+
+
+def _producer(options: Options) -> dict[str, Any]:
+    settings = {key: value for key, value in asdict(options).items() if key != "data"}
+    return {"tool": "comet-calibrate", "data": options.data.name if options.data else "default", **settings}
