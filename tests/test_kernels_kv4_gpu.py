@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The 4-bit KV-cache kernels against the references: on a GPU, or in the interpreter (TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from vllm_comet.kernels.kv4_attention import attention_ref
+from vllm_comet.kernels.kv4_cache import bytes_per_token, store_kv_ref
+from vllm_comet.kernels.kv4_decode import decode, make_scratch
+
+pytest.importorskip("triton")
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRET else "cuda")
+pytestmark = pytest.mark.skipif(
+    not (INTERPRET or torch.cuda.is_available()), reason="no CUDA GPU, and TRITON_INTERPRET=1 is not set"
+)
+
+
+def paged(lengths, heads, head_dim, group_size, block_size, seed):
+    """A cache filled through ``store_kv_ref`` over scattered pages; unused bytes are 0xFF, so their scales are NaN."""
+    gen = torch.Generator().manual_seed(seed)
+    counts = [-(-n // block_size) for n in lengths]
+    pages = torch.randperm(sum(counts) + 3, generator=gen).to(torch.int32)
+    cache = torch.full((len(pages), heads, block_size, bytes_per_token(head_dim, group_size)), 255, dtype=torch.uint8)
+    table = torch.full((len(lengths), max(counts, default=0) + 2), 2**30, dtype=torch.int32)
+    used = 0
+    for r, (n, count) in enumerate(zip(lengths, counts, strict=True)):
+        table[r, :count] = pages[used : used + count]
+        used += count
+        outliers = 1 + 8 * (torch.rand(1, heads, head_dim, generator=gen) > 0.97)
+        k, v = torch.randn(2, n, heads, head_dim, generator=gen) * outliers + 0.3
+        token = torch.arange(n)
+        store_kv_ref(k, v, cache, table[r, token // block_size].long() * block_size + token % block_size, group_size)
+    return cache.to(DEVICE), table.to(DEVICE)
+
+
+def relative_error(out, ref):
+    return ((out.double() - ref).norm() / ref.norm().clamp_min(1e-30)).item()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "heads", "group", "head_dim", "group_size", "block_size", "window"),
+    [
+        ([1, 17, 300, 0, 129], 2, 4, 128, 128, 16, None),
+        ([1000], 1, 8, 128, 64, 32, None),
+        ([64, 1, 200], 2, 7, 64, 64, 16, None),
+        ([33, 500], 1, 1, 64, 32, 64, 50),
+        ([70, 260], 1, 16, 128, 32, 128, 100),
+        ([5, 140], 2, 2, 256, 128, 16, 1),
+        ([90, 131], 1, 6, 256, 64, 16, None),
+        ([150], 1, 3, 96, 96, 16, None),
+        ([1, 140], 1, 4, 96, 32, 16, None),
+        ([135], 2, 2, 256, 32, 32, None),
+    ],
+)
+def test_decode(lengths, heads, group, head_dim, group_size, block_size, window):
+    cache, table = paged(lengths, heads, head_dim, group_size, block_size, seed=sum(lengths))
+    q = torch.randn(len(lengths), heads * group, head_dim, device=DEVICE).to(torch.bfloat16)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    starts = torch.arange(len(lengths) + 1, device=DEVICE)
+    scratch = make_scratch(len(lengths), heads * group, heads, head_dim, DEVICE)
+    scratch.partial.fill_(float("nan")), scratch.lse.fill_(float("nan"))
+    scale = head_dim**-0.5
+    ref = attention_ref(q, cache, table, starts, seq_lens, group_size, scale, window)
+    for _ in range(2):  # the second call finds the counters as the first left them
+        out = torch.full(q.shape, float("nan"), device=DEVICE)
+        decode(q, cache, table, seq_lens, group_size, scale, window, out, scratch)
+        assert relative_error(out, ref) < 1e-3
