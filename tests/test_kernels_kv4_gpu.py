@@ -8,8 +8,9 @@ import os
 import pytest
 import torch
 
+from vllm_comet.checkpoint import KV_GROUP_SIZES
 from vllm_comet.kernels.kv4_attention import attention_ref
-from vllm_comet.kernels.kv4_cache import bytes_per_token, store_kv_ref
+from vllm_comet.kernels.kv4_cache import bytes_per_token, dequantize_kv_ref, quantize_kv_ref, store_kv, store_kv_ref
 from vllm_comet.kernels.kv4_decode import decode, make_scratch
 
 pytest.importorskip("triton")
@@ -40,6 +41,38 @@ def paged(lengths, heads, head_dim, group_size, block_size, seed):
 
 def relative_error(out, ref):
     return ((out.double() - ref).norm() / ref.norm().clamp_min(1e-30)).item()
+
+
+SHAPES = [(d, g) for d in (64, 96, 128, 256) for g in KV_GROUP_SIZES if d % g == 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("head_dim", "group_size"), SHAPES)
+def test_store_is_bit_exact(head_dim, group_size, dtype):
+    gen = torch.Generator().manual_seed(head_dim + group_size)
+    tokens, heads, block_size = 37, 2, 16
+    qkv = torch.randn(tokens, 2 * heads + 1, head_dim, generator=gen) * torch.rand(tokens, 1, 1, generator=gen) * 9
+    qkv[3] = 1.5  # constant groups: scale 0
+    qkv[4] = 0
+    qkv[5] *= 1e-6  # fp16 subnormal scales
+    qkv[6] *= 6e3
+    if dtype != torch.float16:
+        qkv[7] *= 1e6  # beyond fp16: clamped
+    key, value = qkv.to(DEVICE, dtype)[:, 1:].split(heads, dim=1)  # views with gaps
+    slots = torch.randperm(5 * block_size, generator=gen)[:tokens].to(DEVICE)
+    slots[::5] = -1
+    shape = (5, heads, block_size, bytes_per_token(head_dim, group_size))
+    expect, got = (torch.full(shape, 255, dtype=torch.uint8, device=DEVICE) for _ in range(2))
+    key_out, value_out = (torch.full((tokens, heads, head_dim), -7, dtype=dtype, device=DEVICE) for _ in range(2))
+    store_kv_ref(key, value, expect, slots, group_size)
+    store_kv(key, value, got, slots, group_size)
+    assert torch.equal(got, expect)
+    store_kv(key, value, got.fill_(255), slots, group_size, key_out, value_out)
+    assert torch.equal(got, expect)
+    for x, out in ((key, key_out), (value, value_out)):
+        x_hat = dequantize_kv_ref(*quantize_kv_ref(x, group_size)).to(dtype)
+        ulp = 2**-7 if INTERPRET and dtype == torch.bfloat16 else 0  # the interpreter truncates to bf16
+        torch.testing.assert_close(out, torch.where(slots[:, None, None] >= 0, x_hat, -7), rtol=ulp, atol=0)
 
 
 @pytest.mark.parametrize(

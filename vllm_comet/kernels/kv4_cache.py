@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_comet.kernels._triton import require_triton, tl, triton
+
 
 class PageViews(NamedTuple):
     """Planes of a cache ``[B, H, block_size, C]`` uint8, views into its memory."""
@@ -106,3 +108,123 @@ def load_kv_ref(
         return x.transpose(0, 1).flatten(1, 2)[:, :length]
 
     return load(views.k_codes, views.k_meta), load(views.v_codes, views.v_meta)
+
+
+@triton.jit
+def _store_one(
+    x_ptr, out_ptr, codes_ptr, meta_ptr, token, in_token, offset, ok,
+    stride_token, stride_out, ROWS: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
+    ROUND_TRIP: tl.constexpr,
+):  # fmt: skip
+    """Quantise rows ``token`` of K or V of one head, pack them into the page; optionally write what a load would give.
+
+    codes_ptr, meta_ptr: int16 and fp16 pointers to the planes in the first page; offset: int64 bytes / 2 to each row's
+    page; in_token: the row's position in its page.
+    """
+    L: tl.constexpr = D // 4
+    GROUP_SIZE: tl.constexpr = D // GROUPS
+    lane = tl.arange(0, LANES)[None, :]
+    real = ok[:, None] & (lane < L)
+    x = ()
+    for i in tl.static_range(4):
+        x = x + (tl.load(x_ptr + token[:, None] * stride_token + i * L + lane, mask=real, other=0.0).to(tl.float32),)
+    scales = ()
+    zeros = ()
+    for g in tl.static_range(GROUPS):
+        low = tl.full((ROWS, LANES), float("inf"), tl.float32)
+        high = tl.full((ROWS, LANES), float("-inf"), tl.float32)
+        for i in tl.static_range(4):
+            if (i + 1) * L > g * GROUP_SIZE and i * L < (g + 1) * GROUP_SIZE:  # plane i meets group g
+                member = (lane < L) & ((i * L + lane) // GROUP_SIZE == g)
+                low = tl.minimum(low, tl.where(member, x[i], float("inf")))
+                high = tl.maximum(high, tl.where(member, x[i], float("-inf")))
+        low = tl.min(low, 1)
+        step = tl.div_rn(tl.max(high, 1) - low, tl.full((ROWS,), 15.0, tl.float32))
+        scale = tl.minimum(step, 65504.0).to(tl.float16)
+        zero = tl.minimum(tl.maximum(low, -65504.0), 65504.0).to(tl.float16)
+        at = meta_ptr + offset + in_token * (2 * GROUPS) + 2 * g
+        tl.store(at, scale, mask=ok)
+        tl.store(at + 1, zero, mask=ok)
+        scales = scales + (scale.to(tl.float32),)
+        zeros = zeros + (zero.to(tl.float32),)
+    word = tl.zeros((ROWS, LANES), tl.int32)
+    for i in tl.static_range(4):
+        scale = tl.zeros((ROWS, LANES), tl.float32)
+        zero = tl.zeros((ROWS, LANES), tl.float32)
+        for g in tl.static_range(GROUPS):
+            if (i + 1) * L > g * GROUP_SIZE and i * L < (g + 1) * GROUP_SIZE:
+                member = (i * L + lane) // GROUP_SIZE == g
+                scale = tl.where(member, scales[g][:, None], scale)
+                zero = tl.where(member, zeros[g][:, None], zero)
+        inverse = tl.where(scale > 0, tl.div_rn(tl.full((ROWS, LANES), 1.0, tl.float32), scale), 0.0)
+        code = tl.minimum(tl.maximum((x[i] - zero) * inverse, 0.0), 15.0)
+        code = (code + 8388608.0).to(tl.int32, bitcast=True) & 15  # at 2²³ the spacing of floats is 1: rounds to even
+        word |= code << (4 * i)
+        if ROUND_TRIP:
+            x_hat = code.to(tl.float32) * scale + zero
+            tl.store(out_ptr + token[:, None] * stride_out + i * L + lane, x_hat, mask=real)
+    tl.store(codes_ptr + (offset + in_token * L)[:, None] + lane, word.to(tl.int16), mask=real)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _store_kernel(
+    key_ptr, value_ptr, key_out_ptr, value_out_ptr, codes_ptr, meta_ptr, slot_ptr, tokens,
+    stride_key: tl.int64, stride_key_head: tl.int64, stride_value: tl.int64, stride_value_head: tl.int64,
+    stride_out: tl.int64, stride_page: tl.int64, stride_head: tl.int64,
+    D: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    ROUND_TRIP: tl.constexpr,
+):  # fmt: skip
+    """Grid (token tiles, H): ROWS tokens of one KV head, K then V. Cache strides in int16."""
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    slot = tl.load(slot_ptr + token, mask=token < tokens, other=-1)
+    ok = slot >= 0
+    slot = tl.where(ok, slot, 0)
+    offset = slot // BLOCK * stride_page + head * stride_head
+    in_token = slot % BLOCK
+    CODES: tl.constexpr = BLOCK * (D // 4)
+    _store_one(
+        key_ptr + head * stride_key_head, key_out_ptr + head * D, codes_ptr, meta_ptr + 2 * CODES, token, in_token,
+        offset, ok, stride_key, stride_out, ROWS, D, GROUPS, LANES, ROUND_TRIP,
+    )  # fmt: skip
+    _store_one(
+        value_ptr + head * stride_value_head, value_out_ptr + head * D, codes_ptr + CODES,
+        meta_ptr + 2 * CODES + BLOCK * GROUPS * 2, token, in_token,
+        offset, ok, stride_value, stride_out, ROWS, D, GROUPS, LANES, ROUND_TRIP,
+    )  # fmt: skip
+
+
+def store_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    group_size: int,
+    key_out: torch.Tensor | None = None,
+    value_out: torch.Tensor | None = None,
+) -> None:
+    """``store_kv_ref`` on the GPU, bit for bit, for the first ``len(slot_mapping)`` rows of ``key`` and ``value``.
+
+    key, value: ``[T, H, D]``, channels contiguous. key_out, value_out: contiguous ``[T, H, D]``, or None; they receive
+    the stored values as a load would return them, in their dtype. Rows of padding slots are left alone.
+    """
+    require_triton("store_kv")
+    tokens, (_, heads, head_dim) = slot_mapping.shape[0], key.shape
+    page_views(cache, head_dim, group_size)  # checks the layout
+    if tokens == 0:
+        return
+    round_trip = key_out is not None and value_out is not None
+    if (key_out is None) != (value_out is None) or (round_trip and not (
+        key_out.is_contiguous() and value_out.is_contiguous()
+    )):  # fmt: skip
+        raise ValueError("key_out and value_out must both be contiguous tensors [T, H, D], or both None.")
+    lanes = triton.next_power_of_2(head_dim // 4)
+    rows = 16
+    _store_kernel[(triton.cdiv(tokens, rows), heads)](
+        key, value, key_out if round_trip else key, value_out if round_trip else value,
+        cache.view(torch.int16), cache.view(torch.float16), slot_mapping, tokens,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1), heads * head_dim,
+        cache.stride(0) // 2, cache.stride(1) // 2,
+        D=head_dim, GROUPS=head_dim // group_size, BLOCK=cache.shape[2], ROWS=rows, LANES=lanes,
+        ROUND_TRIP=round_trip, num_warps=2 if lanes <= 32 else 4,
+    )  # fmt: skip

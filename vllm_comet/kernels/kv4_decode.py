@@ -226,10 +226,11 @@ class _Tile(NamedTuple):
     tokens: int  # a warp
     stages: int
     programs_per_sm: int
+    registers: int | None  # a thread; what lets programs_per_sm programs fit
 
 
 def _tile(head_dim: int) -> _Tile:
-    return _Tile(4, 32, 5, 2)
+    return _Tile(4, 32, 5, 3, 168)
 
 
 def make_scratch(
@@ -285,6 +286,6 @@ def decode(
         MAX_REQUESTS=next(n for n in (16, 128, 1024, 8192, 65536) if requests <= n),
         WARPS=tile.warps, TOKENS=tile.tokens, ROWS=16, LANES=padded,
         CHUNK=max(1, 2048 * tile.warps // (rows * 4 * padded)), MERGE_ROWS=rows,
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     return out
