@@ -217,10 +217,12 @@ def check_values(tensors: dict[str, torch.Tensor], prefix: str, k: int) -> None:
 # ----------------------------------------------------------------------------------------------- files and verification
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """What :func:`verify_checkpoint` found: quantised layer names, bytes of all tensors, mean INT8 share by channel."""
+    """What :func:`verify_checkpoint` found: quantised layer names, bytes of all tensors, the bytes they would take with
+    the quantised weights in bf16, and the mean INT8 share by channel."""
 
     layers: tuple[str, ...]
     num_bytes: int
+    bf16_bytes: int
     int8_share: float
 
 
@@ -272,17 +274,22 @@ def verify_checkpoint(directory: Path | str, contents: bool = True) -> Checkpoin
     if contents:
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda item: _check_contents(*item), entries.items()))
-    low = high = 0
+    num_bytes = sum(e.end - e.start for e in entries.values())
+    bf16_bytes = num_bytes
+    channels = high = 0
     for layer in layers:
-        k = entries[f"{layer}.{WEIGHT_PACKED}"].shape[1] * 8
+        n, k = entries[f"{layer}.{WEIGHT_PACKED}"].shape
+        k *= 8
         small = {s: read_tensor(entries[f"{layer}.{s}"]) for s in COMET_SUFFIXES[1:] if f"{layer}.{s}" in entries}
         check_values(small, layer, k)
         if INPUT_PERM in small:
             check_permutation(small[INPUT_PERM], 1, f"{layer}.{INPUT_PERM}")
-        channels = torch.full((num_blocks(k),), BLOCK).clamp_max(k - BLOCK * torch.arange(num_blocks(k)))
-        high += int(channels[small[ACT_BITS_NAME] == 8].sum())
-        low += k
-    return CheckpointSummary(tuple(layers), sum(e.end - e.start for e in entries.values()), high / max(low, 1))
+        bits = small[ACT_BITS_NAME].repeat_interleave(BLOCK)[:k]
+        high += int((bits == 8).sum())
+        channels += k
+        bf16_bytes += 2 * n * k - sum(
+            entries[f"{layer}.{s}"].end - entries[f"{layer}.{s}"].start for s in (WEIGHT_PACKED, *small))
+    return CheckpointSummary(tuple(layers), num_bytes, bf16_bytes, high / max(channels, 1))
 
 
 def read_tensor(entry: _Entry) -> torch.Tensor:

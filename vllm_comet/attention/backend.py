@@ -178,7 +178,7 @@ class CometAttentionImpl(AttentionImpl[CometAttentionMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of ``query`` ``[T, Hq, D]`` over the pages into ``output`` ``[T, Hq, D]``; K, V are stored already."""
+        """Attention of ``query`` ``[T, Hq, D]`` over the pages into ``output``; its K and V are stored already."""
         if attn_metadata is None:  # vLLM's profiling run
             return output.fill_(0)
         tokens = attn_metadata.num_actual_tokens

@@ -64,7 +64,7 @@ def _gather(
     head_dim: int,
     group_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """K̂, V̂ float32 ``[R, H, L, D]`` padded to the longest request with zeros, and the mask ``[R, L]`` of real tokens."""
+    """K̂, V̂ float32 ``[R, H, L, D]``, zero-padded to the longest request, and the mask ``[R, L]`` of real tokens."""
     block_size = cache.shape[2]
     length = torch.tensor([lengths[r] for r in requests])
     used = -(-length // block_size)

@@ -44,8 +44,8 @@ class CometLinearMethod(LinearMethodBase):
         tp = input_size // k
         if tp > 1 and k % ck.BLOCK:
             raise ck.CheckpointError(
-                f"{self.prefix}: {input_size} input channels over tensor-parallel size {tp} leave {k} a rank, no multiple "
-                f"of {ck.BLOCK}. Use a tensor-parallel size that divides {input_size} / {ck.BLOCK}, or 1."
+                f"{self.prefix}: {input_size} input channels over tensor-parallel size {tp} leave {k} a rank, no "
+                f"multiple of {ck.BLOCK}. Use a tensor-parallel size that divides {input_size} / {ck.BLOCK}, or 1."
             )
         weight_loader: Callable[..., None] = extra["weight_loader"]
         create_parameters(layer, self.prefix, n, k, self.format.group_size, weight_loader)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear layer as served: block order, CPU execution, and agreement with a float64 product."""
+
+import pytest
+import tiny
+import torch
+
+from vllm_comet import checkpoint as ck
+from vllm_comet.kernels.act_quant import QMAX, quantize_activation_ref
+from vllm_comet.kernels.linear import LinearWeight, make_linear_kernel, sort_blocks
+from vllm_comet.kernels.w4ax_gemm import w4ax_gemm_ref
+
+
+def random_weight(n, k, group_size, slices=1, perm=True, share=0.3):
+    shared = tiny.input_order(k, slices, share, perm)
+    t = tiny.linear(n, k, ck.CometFormat(group_size=group_size), shared)
+    return LinearWeight(t[ck.WEIGHT_PACKED], t[ck.WEIGHT_SCALE], t.get(ck.WEIGHT_GROUP_SCALE), group_size,
+                        t[ck.ACT_BITS_NAME], t.get(ck.INPUT_PERM))
+
+
+def dense(weight):
+    """The float64 matrix in the model's channel order."""
+    integers = ck.integer_weight(weight.packed, weight.group_scale, weight.group_size)
+    w = integers.double() * weight.scale[:, None].double()
+    if weight.perm is None:
+        return w
+    out = torch.empty_like(w)
+    out[:, weight.perm.long()] = w
+    return out
+
+
+@pytest.mark.parametrize("group_size", ck.GROUP_SIZES)
+@pytest.mark.parametrize("k, slices", [(128, 1), (576, 1), (200, 1), (512, 2), (1536, 4)])
+@pytest.mark.parametrize("perm", [True, False])
+def test_sorting_blocks_changes_nothing_but_the_order(group_size, k, slices, perm):
+    torch.manual_seed(0)
+    weight = random_weight(24, k, group_size, slices, perm)
+    after, split = sort_blocks(weight)
+    assert torch.equal(dense(weight), dense(after))
+    bits = after.act_bits.repeat_interleave(ck.BLOCK)[:k]
+    assert bool((bits[:split] == 4).all()) and bool((bits[split:] == 8).all())
+
+
+@pytest.mark.parametrize("low_bits", [4, 8])
+@pytest.mark.parametrize("group_size", ck.GROUP_SIZES)
+@pytest.mark.parametrize("m, n, k", [(1, 64, 576), (3, 40, 200), (17, 128, 1536), (0, 64, 128), (5, 33, 128)])
+def test_cpu_linear_equals_the_reference_bit_for_bit(low_bits, group_size, m, n, k):
+    torch.manual_seed(1)
+    weight = random_weight(n, k, group_size)
+    x, bias = torch.randn(m, k, dtype=torch.bfloat16), torch.randn(n, dtype=torch.bfloat16)
+    after, split = sort_blocks(weight)
+    codes, scales = quantize_activation_ref(x, after.perm, split, low_bits)
+    integers = ck.integer_weight(after.packed, after.group_scale, group_size)
+    expect = w4ax_gemm_ref(codes, scales, integers, after.scale, split, bias, x.dtype)
+    assert torch.equal(make_linear_kernel(weight, low_bits)(x, bias), expect)
+
+
+@pytest.mark.parametrize("low_bits, bound", [(8, 1e-2), (4, 1.6e-1)])
+def test_error_against_float64_is_that_of_activation_rounding(low_bits, bound):
+    torch.manual_seed(2)
+    weight = random_weight(256, 1024, 64)
+    x = torch.randn(64, 1024)
+    y, exact = make_linear_kernel(weight, low_bits)(x, None).double(), x.double() @ dense(weight).T
+    error = (y - exact).norm() / exact.norm()
+    assert bound / 20 < error < bound
+
+
+def test_only_int8_blocks_or_only_int4_blocks():
+    for bits in (4, 8):
+        weight = random_weight(32, 256, 128)._replace(act_bits=torch.full((2,), bits, dtype=torch.uint8))
+        x = torch.randn(4, 256)
+        y, exact = make_linear_kernel(weight, 8)(x, None).double(), x.double() @ dense(weight).T
+        assert (y - exact).norm() / exact.norm() < 1e-2
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_activation_codes(bits):
+    x = torch.randn(7, 300) * torch.logspace(-6, 4, 7)[:, None]
+    x[3] = 0
+    codes, scales = quantize_activation_ref(x, None, 128, bits)
+    assert codes[:, :128].abs().max() <= QMAX[bits] and codes[:, 128:].abs().max() <= 127
+    restored = torch.cat([codes[:, :128] * scales[:, :1], codes[:, 128:] * scales[:, 1:]], 1)
+    step = torch.cat([scales[:, :1].expand(-1, 128), scales[:, 1:].expand(-1, 172)], 1)
+    assert bool(((restored - x).abs() <= 0.5001 * step + 1e-30).all())
+    assert not bool(codes[3].any()) and not bool(scales[3].any())
