@@ -23,6 +23,7 @@ class EngineRun:
     """``outputs[step][prompt]`` = {"tokens": [...], "logprobs": [{token: logprob}, ...], "cached": int}."""
 
     outputs: list[list[dict[str, Any]]]
+    preemptions: int
     log: str
     returncode: int
 
@@ -34,7 +35,7 @@ def run(model: Path, steps: list[list[list[int]]], max_tokens: int = 8, env: dic
         check: bool = True, **engine: Any) -> EngineRun:
     """Greedy generation for each step's prompts (token ids). With ``check`` a failing engine fails the test."""
     defaults = {"skip_tokenizer_init": True, "max_model_len": 512, "max_num_seqs": 8, "enforce_eager": True,
-                "kv_cache_memory_bytes": 64 << 20, "seed": 0}
+                "kv_cache_memory_bytes": 64 << 20, "seed": 0, "dtype": "float32", "disable_log_stats": False}
     job = {"engine": {**defaults, **engine, "model": str(model)}, "steps": steps, "max_tokens": max_tokens}
     done = subprocess.run(
         [sys.executable, __file__], input=json.dumps(job), capture_output=True, text=True, timeout=600,
@@ -44,7 +45,8 @@ def run(model: Path, steps: list[list[list[int]]], max_tokens: int = 8, env: dic
     results = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if check:
         assert done.returncode == 0 and results, log[-6000:]
-    return EngineRun(json.loads(results[0][len(MARK):]) if results else [], log, done.returncode)
+    found = json.loads(results[0][len(MARK):]) if results else {"outputs": [], "preemptions": 0}
+    return EngineRun(found["outputs"], found["preemptions"], log, done.returncode)
 
 
 def main() -> None:
@@ -64,7 +66,8 @@ def main() -> None:
             }
             for request in done
         ])
-    print(MARK + json.dumps(results), flush=True)
+    preemptions = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
+    print(MARK + json.dumps({"outputs": results, "preemptions": preemptions}), flush=True)
 
 
 if __name__ == "__main__":

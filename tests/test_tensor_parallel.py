@@ -115,8 +115,8 @@ def test_gate_up_and_down(tp):
 
 
 def test_row_parallel_slices_that_are_no_multiple_of_128_are_refused():
-    with rank_of(0, 4), pytest.raises(ck.CheckpointError, match="l.o_proj: 640 input channels over tensor-parallel size "
-                                                                "4 leave 160 a rank, no multiple of 128"):
+    message = "l.o_proj: 640 input channels over tensor-parallel size 4 leave 160 a rank, no multiple of 128"
+    with rank_of(0, 4), pytest.raises(ck.CheckpointError, match=message):
         RowParallelLinear(640, 64, bias=False, quant_config=config({}), prefix="l.o_proj")
 
 
@@ -124,24 +124,24 @@ def test_a_permutation_across_slices_is_refused():
     down = tiny.linear(64, 512, FORMAT, tiny.input_order(512, 1, 0.3, True))
     with rank_of(1, 2):
         layer = RowParallelLinear(512, 64, bias=False, quant_config=config({}), prefix="l.down_proj")
-        with pytest.raises(ck.CheckpointError, match="l.down_proj: this checkpoint's channel order allows tensor-parallel "
-                                                     "size 8 and its divisors, not 2. .* --tensor-parallel 2"):
+        message = "this checkpoint's channel order allows tensor-parallel size 8 and its divisors, not 2. .*-parallel 2"
+        with pytest.raises(ck.CheckpointError, match=message):
             load(layer, {None: down})
 
 
 def test_fused_members_with_different_permutations_are_refused():
-    members = {i: tiny.linear(128, HIDDEN, FORMAT, tiny.input_order(HIDDEN, 1, 0.3, True)) for i in (0, 1)}
+    orders = [tiny.input_order(HIDDEN, 1, 0.3, True) for _ in range(2)]
+    members = {i: tiny.linear(128, HIDDEN, FORMAT, order) for i, order in enumerate(orders)}
     with rank_of(0, 1):
-        layer = MergedColumnParallelLinear(HIDDEN, [128] * 2, bias=False, quant_config=config({}), prefix="l.gate_up_proj")
-        with pytest.raises(ck.CheckpointError, match="l.gate_up_proj.input_perm: .* differ between the layers that vLLM"):
+        layer = MergedColumnParallelLinear(HIDDEN, [128] * 2, bias=False, quant_config=config({}), prefix="l.gu")
+        with pytest.raises(ck.CheckpointError, match="l.gu.input_perm: .* differ between the layers"):
             load(layer, members)
 
 
 @pytest.mark.parametrize("damage, message", [
     (lambda t: t.pop(ck.WEIGHT_SCALE), "l.alone.weight_scale is missing from the checkpoint: 0 of 1"),
-    (lambda t: t.update(weight_scale=t[ck.WEIGHT_SCALE].half()), "l.alone.weight_scale is torch.float16; the format"),
-    (lambda t: t.update(weight_packed=t[ck.WEIGHT_PACKED][:, :-1]), r"l.alone.weight_packed: a tensor of shape .64, 31. "
-                                                                    r"does not fit the model's .64, 32."),
+    (lambda t: t.update(weight_scale=t[ck.WEIGHT_SCALE].half()), "l.alone.weight_scale is torch.float16; the"),
+    (lambda t: t.update(weight_packed=t[ck.WEIGHT_PACKED][:, :-1]), r"shape .64, 31. does not fit the model's .64, 32."),
 ])
 def test_wrong_tensors_are_refused_by_name(damage, message):
     tensors = tiny.linear(64, HIDDEN, FORMAT, tiny.input_order(HIDDEN, 1, 0.3, True))

@@ -74,3 +74,18 @@ def write(directory: Path, group_size: int = 64, kv_group_size: int | None = 64,
     ck.save_shard(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": fmt.to_dict()}))
     return directory
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A byte-level tokenizer without merges (256 bytes and two special tokens) and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    fast.save_pretrained(directory)

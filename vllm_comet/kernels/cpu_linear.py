@@ -11,18 +11,19 @@ from vllm_comet.kernels.act_quant import quantize_activation_ref
 from vllm_comet.kernels.linear import LinearWeight
 
 
-class CpuLinear:
+class CpuLinear(torch.nn.Module):
     """Weights unpacked once to int8 ``[N, K]``, cut at the segment boundary. ``weight`` comes from ``sort_blocks``."""
 
     def __init__(self, weight: LinearWeight, split: int, low_bits: int) -> None:
+        super().__init__()
         integers = ck.integer_weight(weight.packed, weight.group_scale, weight.group_size)
-        self.low = integers[:, :split].contiguous()
-        self.high = integers[:, split:].contiguous()
-        self.scale = weight.scale
-        self.perm = weight.perm
+        self.register_buffer("low", integers[:, :split].contiguous(), persistent=False)
+        self.register_buffer("high", integers[:, split:].contiguous(), persistent=False)
+        self.register_buffer("scale", weight.scale, persistent=False)
+        self.register_buffer("perm", weight.perm, persistent=False)
         self.low_bits = low_bits
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return torch.ops.vllm_comet.cpu_linear(x, self.low, self.high, self.scale, self.perm, self.low_bits, bias)
 
 

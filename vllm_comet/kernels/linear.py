@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear layer in the form kernels run it: segments made contiguous at load, one callable per device kind."""
+"""A linear layer in the form kernels run it: segments made contiguous at load, one module per kind of device."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -25,20 +25,17 @@ class LinearWeight(NamedTuple):
         return self.packed.shape[1] * 8
 
 
-class LinearKernel(Protocol):
-    """y = x Wᵀ + bias: x ``[M, K]`` in the model's channel order → ``[M, N]`` in x's dtype."""
-
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor: ...
-
-
-def make_linear_kernel(weight: LinearWeight, low_bits: int) -> LinearKernel:
-    """The kernel for the device that holds ``weight``; ``low_bits`` (4 or 8) is the precision of the INT4 segment."""
+def make_linear_kernel(weight: LinearWeight, low_bits: int) -> torch.nn.Module:
+    """A module ``(x [M, K], bias [N] | None) → [M, N]`` in x's dtype, for the device that holds ``weight``; x stands in
+    the model's channel order. ``low_bits`` (4 or 8) is the precision of the INT4 segment."""
     weight, split = sort_blocks(weight)
     if weight.packed.device.type == "cpu":
         from vllm_comet.kernels.cpu_linear import CpuLinear
 
         return CpuLinear(weight, split, low_bits)
-    raise NotImplementedError(weight.packed.device)
+    from vllm_comet.kernels.gpu_linear import GpuLinear
+
+    return GpuLinear(weight, split, low_bits)
 
 
 def sort_blocks(weight: LinearWeight) -> tuple[LinearWeight, int]:

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 
 from vllm_comet import checkpoint as ck
-from vllm_comet.kernels.linear import LinearKernel, LinearWeight, make_linear_kernel
+from vllm_comet.kernels.linear import LinearWeight, make_linear_kernel
 from vllm_comet.quantization.parameters import check_loaded, create_parameters
 from vllm_comet.settings import Settings
 
@@ -72,8 +72,7 @@ class CometLinearMethod(LinearMethodBase):
         layer.comet_kernel = make_linear_kernel(weight, self.low_bits)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        kernel: LinearKernel = layer.comet_kernel
-        y = kernel(x.reshape(-1, x.shape[-1]), bias)
+        y = layer.comet_kernel(x.reshape(-1, x.shape[-1]), bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _local_permutation(self, layer: torch.nn.Module, parameter: Any) -> torch.Tensor | None:
