@@ -95,7 +95,7 @@ def test_decode(lengths, heads, group, head_dim, group_size, block_size, window)
     q = torch.randn(len(lengths), heads * group, head_dim, device=DEVICE).to(torch.bfloat16)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     starts = torch.arange(len(lengths) + 1, device=DEVICE)
-    scratch = make_scratch(len(lengths), heads * group, heads, head_dim, DEVICE)
+    scratch = make_scratch(heads * group, heads, head_dim, DEVICE)
     scratch.partial.fill_(float("nan")), scratch.lse.fill_(float("nan"))
     scale = head_dim**-0.5
     ref = attention_ref(q, cache, table, starts, seq_lens, group_size, scale, window)
