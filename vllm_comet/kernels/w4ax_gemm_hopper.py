@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The W4Ax GEMM for Hopper, in Gluon: wgmma with W in registers, everything else through bulk tensor copies.
+
+Import it only where ``hopper_kernel_supported``; it needs a Triton that has Gluon (3.6 or later).
+
+A program owns 64·R weight rows × BM tokens of one slice of K. Weights, group scales and activations of STAGES blocks
+of 128 channels are in flight at a time. Weights lie in wgmma register order, so a
+thread reads 16 consecutive bytes and unpacks them into its fragment of A; no data moves between threads. While one
+half block (64 channels) is multiplied, the next is unpacked.
+
+Weights don't depend on the kernel before, so with programmatic dependent launch their first stages are fetched while
+that kernel still runs; only then does the program wait for its activations.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton import cdiv
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from vllm_comet.checkpoint import BLOCK
+from vllm_comet.kernels.tiles import Tile
+from vllm_comet.kernels.w4ax_gemm import TILE_ROWS, KernelWeight, split_k
+
+# Two names changed between Triton 3.6 and 3.9.
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+cta_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+# ----------------------------------------------------------------------------------------------------------- layouts
+@gluon.constexpr_function
+def _mma_layout(BM, WARPS):
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, min(BM, 128), 32])
+
+
+@gluon.constexpr_function
+def _words_layout(R, WARPS):
+    """Who reads which of a block's weight words ``[R, 4, 256]``: 4 consecutive words a lane, 64 rows a warp group."""
+    rows = [[1 << i, 0, 0] for i in range(R.bit_length() - 1)]
+    groups = WARPS // 8  # a second warp group takes the odd tiles of 64 rows
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 0, 1], [0, 0, 2], [0, 2, 0], *rows[groups:]],
+        lane_bases=[[0, 0, 4 << i] for i in range(5)],
+        warp_bases=[[0, 0, 128], [0, 1, 0], *rows[:groups]],
+        block_bases=[],
+        shape=[R, 4, 256],
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- unpacking
+@gluon.jit
+def _fragment(words, R: gl.constexpr, dot: gl.constexpr):
+    """int32 words ``[R, 4, 256]`` → ``[64·R, 64]`` in A-fragment order, each word repeated for its four channels."""
+    words = gl.join(gl.join(words, words), gl.join(words, words))
+    # [tile, 32-channel step, warp, row, quad, k half, row half, (4 channels)]
+    words = words.reshape([R, 2, 4, 8, 4, 2, 2, 4]).permute([0, 2, 6, 3, 1, 5, 4, 7])
+    return gl.convert_layout(words.reshape([64 * R, 64]), dot, assert_trivial=True)
+
+
+@gluon.jit
+def _unpack(words, scale, HIGH: gl.constexpr, GROUPS: gl.constexpr):
+    """Low or high nibbles of a register of 8 → four int8 weights g·(q−8); as ``w4ax_gemm._unpack``, same source."""
+    if GROUPS == 0:
+        signed: gl.constexpr = "and.b32 $0, $1, 0xF0F0F0F0;" if HIGH else "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }"
+        return gl.inline_asm_elementwise(signed, "=r,r,r,r,r", [words], dtype=gl.int8, is_pure=True, pack=4)
+    else:
+        s = gl.expand_dims(scale.to(gl.int32), 1)
+        offset = s * -134744072 - 2139062144  # 0x80808080 − s · 0x08080808
+        nibble: gl.constexpr = "shr.u32 t, $1, 4; and.b32 t, t, 0x0F0F0F0F;" if HIGH else "and.b32 t, $1, 0x0F0F0F0F;"
+        scaled: gl.constexpr = "{ .reg .b32 t; " + nibble + " mad.lo.u32 t, t, $5, $9; xor.b32 $0, t, 0x80808080; }"
+        return gl.inline_asm_elementwise(scaled, "=r,r,r,r,r,r,r,r,r,r,r,r,r", [words, s, offset], dtype=gl.int8,
+                                         is_pure=True, pack=4)
+
+
+# -------------------------------------------------------------------------------------------------------------- pipeline
+@gluon.jit
+def _fetch_weights(w_desc, g_desc, w_ring, g_ring, w_full, g_full, slot, tile_n, block, n_pad, pred,
+                   R: gl.constexpr, GROUPS: gl.constexpr):  # fmt: skip
+    """Start copying weights and group scales of ``block`` into stage ``slot``."""
+    mbarrier.expect(w_full.index(slot), R * 4096, pred=pred)
+    if GROUPS > 0:
+        mbarrier.expect(g_full.index(slot), GROUPS * R * 64, pred=pred)
+    tma_load(w_desc, [tile_n * R, block * 4, 0], w_full.index(slot), w_ring.index(slot), pred=pred)
+    for half in gl.static_range(GROUPS):
+        row = (block * GROUPS + half) * n_pad + tile_n * (64 * R)
+        tma_load(g_desc, [row], g_full.index(slot), g_ring.index(slot * GROUPS + half), pred=pred)
+
+
+@gluon.jit
+def _dot_blocks(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, g_full, first, end, blocks, block0, tile_m, tile_n, n_pad,
+                R: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
+                REFILL: gl.constexpr):  # fmt: skip
+    """Integer sum over blocks ``first .. end`` (of ``blocks``, counted from ``block0``): int32 ``[64·R, BM]``."""
+    mma: gl.constexpr = _mma_layout(BM, WARPS)
+    dot: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    acc = gl.zeros([64 * R, BM], gl.int32, mma)
+    for i in range(first, end):
+        slot = i % STAGES
+        phase = (i // STAGES) & 1
+        mbarrier.wait(w_full.index(slot), phase)
+        words = _fragment(w_ring.index(slot).load(_words_layout(R, WARPS)), R, dot)
+        g_low = words
+        g_high = words
+        if GROUPS > 0:
+            mbarrier.wait(g_full.index(slot), phase)
+            g_low = g_ring.index(slot * GROUPS).load(gl.SliceLayout(1, dot))
+            g_high = g_low
+        if GROUPS > 1:
+            g_high = g_ring.index(slot * GROUPS + 1).load(gl.SliceLayout(1, dot))
+        x = x_ring.index(slot).permute([1, 0])
+        low = _unpack(words, g_low, False, GROUPS)
+        mbarrier.wait(x_full.index(slot), phase)
+        acc = warpgroup_mma(low, x.slice(0, 64, dim=0), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        high = _unpack(words, g_high, True, GROUPS)
+        if REFILL:  # every warp is done with block i − 1 here: its stage takes block i − 1 + STAGES
+            cta_barrier()
+            refill = (i >= 1) & (i - 1 + STAGES < blocks)
+            free, block = (i + STAGES - 1) % STAGES, block0 + i - 1 + STAGES
+            mbarrier.expect(x_full.index(free), BM * 128, pred=refill)
+            _fetch_weights(w_desc, g_desc, w_ring, g_ring, w_full, g_full, free, tile_n, block, n_pad, refill, R, GROUPS)
+            tma_load(x_desc, [tile_m * BM, block * 128], x_full.index(free), x_ring.index(free), pred=refill)
+        acc = warpgroup_mma(high, x.slice(64, 64, dim=0), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+    return warpgroup_mma_wait(0, deps=[acc])
+
+
+@gluon.jit
+def _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N,
+                  BM: gl.constexpr, WARPS: gl.constexpr, TWO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+    y = low.to(gl.float32) * gl.expand_dims(gl.load(as_ptr + rm * 2, mask=rm < M, other=0.0), 0)
+    if TWO:
+        y += high.to(gl.float32) * gl.expand_dims(gl.load(as_ptr + rm * 2 + 1, mask=rm < M, other=0.0), 0)
+    y *= gl.expand_dims(gl.load(c_ptr + rn, mask=rn < N, other=0.0), 1)
+    if BIAS:
+        y += gl.expand_dims(gl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(gl.float32), 1)
+    y = y.to(y_ptr.dtype.element_ty)
+    if BM >= 64:  # through shared memory, for 16-byte stores along N
+        coalesced: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
+        y = gl.convert_layout(y, coalesced)
+        rn = gl.convert_layout(rn, gl.SliceLayout(1, coalesced))
+        rm = gl.convert_layout(rm, gl.SliceLayout(0, coalesced))
+    offset = gl.expand_dims(rm.to(gl.int64) * N, 0) + gl.expand_dims(rn, 1)
+    gl.store(y_ptr + offset, y, mask=gl.expand_dims(rm < M, 0) & gl.expand_dims(rn < N, 1))
+
+
+# ---------------------------------------------------------------------------------------------------------------- kernel
+@gluon.jit(do_not_specialize=["M", "blocks_k", "low_blocks"])
+def _w4ax_kernel(x_desc, w_desc, g_desc, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, n_pad, blocks_k,
+                 low_blocks, R: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr, GROUP_N: gl.constexpr,
+                 WARPS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REFILL: gl.constexpr,
+                 TWO: gl.constexpr, STASH: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+    BN: gl.constexpr = 64 * R
+    mma: gl.constexpr = _mma_layout(BM, WARPS)
+    tile, piece = gl.program_id(0), gl.program_id(1)
+    tiles_m, tiles_n = gl.cdiv(M, BM), gl.cdiv(N, BN)
+    group = tile // (GROUP_N * tiles_m)  # GROUP_N column tiles share the activations that L2 holds
+    width = gl.minimum(tiles_n - group * GROUP_N, GROUP_N)
+    inside = tile - group * GROUP_N * tiles_m
+    tile_n, tile_m = group * GROUP_N + inside % width, inside // width
+    per_piece = gl.cdiv(blocks_k, SPLIT)
+    block0 = piece * per_piece
+    blocks = gl.minimum(per_piece, blocks_k - block0)
+    middle = gl.minimum(gl.maximum(low_blocks - block0, 0), blocks)
+
+    x_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, 128], x_desc.layout)
+    w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, R, 4, 256], w_desc.layout)
+    x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    w_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    g_ring, g_full = w_ring, w_full
+    if GROUPS > 0:
+        g_ring = gl.allocate_shared_memory(gl.uint8, [STAGES * GROUPS, BN], g_desc.layout)
+        g_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(STAGES):
+        mbarrier.init(x_full.index(slot), count=1)
+        mbarrier.init(w_full.index(slot), count=1)
+        if GROUPS > 0:
+            mbarrier.init(g_full.index(slot), count=1)
+    for slot in gl.static_range(STAGES):
+        mbarrier.expect(x_full.index(slot), BM * 128, pred=slot < blocks)
+        _fetch_weights(w_desc, g_desc, w_ring, g_ring, w_full, g_full, slot, tile_n, block0 + slot, n_pad,
+                       slot < blocks, R, GROUPS)
+    gdc_launch_dependents()
+    gdc_wait()
+    for slot in gl.static_range(STAGES):
+        tma_load(x_desc, [tile_m * BM, (block0 + slot) * 128], x_full.index(slot), x_ring.index(slot),
+                 pred=slot < blocks)
+
+    low = _dot_blocks(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, g_full, 0, middle, blocks,
+                      block0, tile_m, tile_n, n_pad, R, BM, WARPS, STAGES, GROUPS, REFILL)
+    high = low
+    if TWO:
+        if STASH:  # two accumulators don't fit in the registers: the first waits in shared memory
+            swizzle: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=1, max_phase=8, order=[1, 0])
+            stash = gl.allocate_shared_memory(gl.int32, [BN, BM], swizzle, value=low)
+        high = _dot_blocks(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, g_full, middle, blocks,
+                           blocks, block0, tile_m, tile_n, n_pad, R, BM, WARPS, STAGES, GROUPS, REFILL)
+        if STASH:
+            low = stash.load(mma)
+
+    en = gl.arange(0, BN, layout=gl.SliceLayout(1, mma))
+    em = gl.arange(0, BM, layout=gl.SliceLayout(0, mma))
+    rn, rm = tile_n * BN + en, tile_m * BM + em
+    if SPLIT == 1:
+        _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, BM, WARPS, TWO, BIAS)
+    else:
+        # Slot i holds the low sum of slice i or the high sum of slice i − 1: only one slice can have both.
+        cell = gl.expand_dims(en * BM, 1) + gl.expand_dims(em, 0)
+        slots = partial_ptr + tile.to(gl.int64) * ((SPLIT + 1) * BN * BM)
+        if middle > 0:
+            gl.store(slots + piece * (BN * BM) + cell, low)
+        if TWO:
+            if blocks > middle:
+                gl.store(slots + (piece + 1) * (BN * BM) + cell, high)
+        cta_barrier()
+        arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLIT - 1:
+            gl.store(counter_ptr + tile, 0)
+            low_end = gl.cdiv(low_blocks, per_piece)
+            low = gl.zeros([BN, BM], gl.int32, mma)
+            high = gl.zeros([BN, BM], gl.int32, mma)
+            for slot in gl.static_range(SPLIT):  # slots that nothing wrote are read and dropped
+                part = gl.load(slots + slot * (BN * BM) + cell, cache_modifier=".cg")
+                low += gl.where(slot < low_end, part, 0)
+            if TWO:
+                high_first = low_blocks // per_piece + 1
+                for slot in gl.static_range(1, SPLIT + 1):
+                    part = gl.load(slots + slot * (BN * BM) + cell, cache_modifier=".cg")
+                    high += gl.where(slot >= high_first, part, 0)
+            _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, BM, WARPS, TWO, BIAS)
+
+
+# -------------------------------------------------------------------------------------------------------------- launcher
+SHARED_MEMORY = 232448  # bytes a program may use on Hopper
+
+
+def constants(tile: Tile, blocks: int, split: int, group_size: int, two: bool) -> dict[str, int | bool]:
+    """The kernel's compile-time parameters for ``tile``; raises ValueError if they don't fit in shared memory."""
+    r, groups = tile.block_n // TILE_ROWS, 0 if group_size == -1 else BLOCK // group_size
+    per_piece = -(-blocks // split)
+    stash = two and split == 1 and tile.block_n * tile.block_m >= 128 * 32 * tile.warps
+    stages = min(tile.stages, per_piece)
+    stage_bytes = r * 4096 + groups * r * 64 + tile.block_m * 128 + 24
+    used = stages * stage_bytes + (4 * tile.block_n * tile.block_m if stash else 0)
+    if used > SHARED_MEMORY:
+        raise ValueError(f"{tile} needs {used} bytes of shared memory; Hopper has {SHARED_MEMORY}. Use fewer stages.")
+    return dict(R=r, BM=tile.block_m, SPLIT=split, GROUP_N=tile.group_n, WARPS=tile.warps, STAGES=stages, GROUPS=groups,
+                REFILL=per_piece > stages, TWO=two, STASH=stash)
+
+
+def descriptors(
+    codes: torch.Tensor, weight: KernelWeight, tile: Tile
+) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor | None]:
+    """Tensor maps of activations ``[M, Kpad]``, weights ``[tiles, 4·blocks, 256]`` and scales (flat)."""
+    packed, r = weight.packed, tile.block_n // TILE_ROWS
+    blocks = packed.shape[1]
+    swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    x_desc = TensorDescriptor(codes, list(codes.shape), [codes.stride(0), 1], [tile.block_m, BLOCK], swizzled)
+    plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+    w_desc = TensorDescriptor(packed, [packed.shape[0], blocks * 4, 256], [blocks * 1024, 256, 1], [r, 4, 256], plain)
+    if weight.group_scale is None:
+        return x_desc, w_desc, None
+    line = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=1)
+    return x_desc, w_desc, TensorDescriptor(weight.group_scale, [weight.group_scale.numel()], [1], [tile.block_n], line)
+
+
+def w4ax_gemm_hopper(
+    codes: torch.Tensor,
+    act_scales: torch.Tensor,
+    weight: KernelWeight,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    tile: Tile,
+) -> torch.Tensor:
+    """``w4ax_gemm_ref`` on Hopper: codes int8 ``[M, Kpad]``, weight in layout ``hopper`` → ``[M, N]``."""
+    m, blocks = codes.shape[0], weight.packed.shape[1]
+    y = torch.empty(m, weight.n, dtype=out_dtype, device=codes.device)
+    if m == 0:
+        return y
+    tiles = cdiv(m, tile.block_m) * cdiv(weight.n, tile.block_n)
+    split = split_k(tile, tiles, blocks)
+    cells = tiles * (split + 1) * tile.block_m * tile.block_n if split > 1 else 0
+    partial = torch.empty(cells, dtype=torch.int32, device=codes.device)
+    parameters = constants(tile, blocks, split, weight.group_size, weight.split < weight.k)
+    _w4ax_kernel[(tiles, split)](
+        *descriptors(codes, weight, tile), act_scales, weight_scale, bias, y, partial, weight.counters, m, weight.n,
+        weight.packed.shape[0] * TILE_ROWS, blocks, -(-weight.split // BLOCK), **parameters, BIAS=bias is not None,
+        num_warps=tile.warps, enable_fp_fusion=False, launch_pdl=True)  # fmt: skip
+    return y
