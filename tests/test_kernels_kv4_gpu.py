@@ -11,7 +11,7 @@ import torch
 from vllm_comet.checkpoint import KV_GROUP_SIZES
 from vllm_comet.kernels.kv4_attention import attention_ref
 from vllm_comet.kernels.kv4_cache import bytes_per_token, dequantize_kv_ref, quantize_kv_ref, store_kv, store_kv_ref
-from vllm_comet.kernels.kv4_decode import decode, make_scratch
+from vllm_comet.kernels.kv4_decode import decode, make_scratch, plan
 
 pytest.importorskip("triton")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -95,11 +95,12 @@ def test_decode(lengths, heads, group, head_dim, group_size, block_size, window)
     q = torch.randn(len(lengths), heads * group, head_dim, device=DEVICE).to(torch.bfloat16)
     seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
     starts = torch.arange(len(lengths) + 1, device=DEVICE)
-    scratch = make_scratch(heads * group, heads, head_dim, DEVICE)
+    scratch = make_scratch(len(lengths), heads * group, heads, head_dim, DEVICE)
     scratch.partial.fill_(float("nan")), scratch.lse.fill_(float("nan"))
     scale = head_dim**-0.5
     ref = attention_ref(q, cache, table, starts, seq_lens, group_size, scale, window)
-    for _ in range(2):  # the second call finds the counters as the first left them
+    for _ in range(2):  # the second call finds the scratch as the first left it
         out = torch.full(q.shape, float("nan"), device=DEVICE)
+        plan(seq_lens, window, head_dim, scratch)
         decode(q, cache, table, seq_lens, group_size, scale, window, out, scratch)
         assert relative_error(out, ref) < 1e-3

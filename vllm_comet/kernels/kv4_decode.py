@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode attention over the 4-bit KV cache: one query token per request, pages read once, work split evenly.
+"""Decode attention over the 4-bit KV cache: one query token per request, every page read once.
 
-The tiles of all requests form one list, cut in equal shares, one a program and KV head (the idea of stream-K, for
-attention: Lean Attention, arXiv:2405.10480). So a batch of any mixture of lengths loads every SM alike, and the grid
-depends on nothing but the GPU: a CUDA graph captured once serves every batch. A request that lies in several shares
-leaves one partial result a share in scratch memory, which a second kernel merges. Arithmetic: ``kv4_attention``.
+``plan`` cuts each request in parts of about equal length, as many as fill the GPU once; it runs once a step, on the
+device. ``decode`` runs once a layer: one program a part and KV head, then a kernel that merges the parts of a request.
+Both grids depend on padded sizes alone, so a captured CUDA graph serves every batch that is padded to its size: call
+``plan`` before each replay. Arithmetic: ``kv4_attention``.
 """
 
 from __future__ import annotations
@@ -23,31 +23,55 @@ MAX_GROUP = 16
 
 
 class DecodeScratch(NamedTuple):
-    """Device memory for partial results. Layers of one shape on one stream may share it; its content never matters."""
+    """Plan and partial results. Layers of one shape, window and stream may share it."""
 
-    partial: torch.Tensor  # float32 [H, programs, 2, D, rows]
-    lse: torch.Tensor  # float32 [H, programs, 2, rows], log2
-
-
-@triton.jit
-def _share(seq_lens_ptr, requests, window, programs, r, T: tl.constexpr):
-    """How the tiles of all requests are cut: their running ends ``[len(r)]``, and the tiles in a program's share.
-
-    An empty request (graph padding) counts as one tile and gives zeros.
-    """
-    lens = tl.load(seq_lens_ptr + r, mask=r < requests, other=0)
-    tiles = tl.maximum(tl.cdiv(lens, T) - tl.maximum(lens - window, 0) // T, 1)
-    ends = tl.cumsum(tl.where(r < requests, tiles, 0), 0)
-    return ends, tl.cdiv(tl.max(ends, 0), programs)
+    parts: torch.Tensor  # int32 [programs, 4]: request, first tile, end tile (0 for none), is the request's only part
+    spans: torch.Tensor  # int32 [max requests, 2]: first part and number of parts of a request
+    partial: torch.Tensor  # float32 [programs, H, D, rows]
+    lse: torch.Tensor  # float32 [programs, H, rows], log2
 
 
-@triton.jit(do_not_specialize=["requests", "window"])
+@triton.jit(do_not_specialize=["requests", "window", "programs", "fill"])
+def _plan_kernel(
+    seq_lens_ptr, parts_ptr, spans_ptr, requests, window, programs, fill,
+    MAX_REQUESTS: tl.constexpr, T: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One program: the shortest part length at which the parts are at most ``fill``, by bisection; then the lists."""
+    r = tl.arange(0, MAX_REQUESTS)
+    real = r < requests
+    lens = tl.load(seq_lens_ptr + r, mask=real, other=0)
+    first = tl.maximum(lens - window, 0) // T
+    tiles = tl.where(real, tl.maximum(tl.cdiv(lens, T) - first, 1), 0)  # an empty request (graph padding) gives zeros
+    low = 0  # too short
+    high = tl.max(tiles, 0)
+    for _ in range(STEPS):
+        middle = tl.maximum((low + high) // 2, 1)
+        fits = tl.sum(tl.cdiv(tiles, middle), 0) <= fill
+        high = tl.where(fits, middle, high)
+        low = tl.where(fits, low, middle)
+    count = tl.cdiv(tiles, high)
+    begin = tl.cumsum(count, 0) - count
+    tl.store(spans_ptr + 2 * r, begin, mask=real)
+    tl.store(spans_ptr + 2 * r + 1, count, mask=real)
+    length = tl.cdiv(tiles, tl.maximum(count, 1))
+    for start in range(0, programs, CHUNK):  # no part for programs behind the last
+        at = parts_ptr + 4 * (start + tl.arange(0, CHUNK))
+        tl.store(at + 2, tl.zeros((CHUNK,), tl.int32), mask=start + tl.arange(0, CHUNK) < programs)
+    tl.debug_barrier()
+    for i in range(0, tl.max(count, 0)):
+        at = parts_ptr + 4 * (begin + i)
+        tl.store(at, r, mask=i < count)
+        tl.store(at + 1, first + i * length, mask=i < count)
+        tl.store(at + 2, first + tl.minimum((i + 1) * length, tiles), mask=i < count)
+        tl.store(at + 3, (count == 1).to(tl.int32), mask=i < count)
+
+
+@triton.jit(do_not_specialize=["window"])
 def _decode_kernel(
-    q_ptr, codes_ptr, meta_ptr, table_ptr, seq_lens_ptr, out_ptr, partial_ptr, lse_ptr,
-    requests, window, scale_log2, stride_q: tl.int64, stride_out: tl.int64, stride_table: tl.int64,
-    stride_page, stride_head,
-    GROUP: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, MAX_REQUESTS: tl.constexpr,
-    T: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+    q_ptr, codes_ptr, meta_ptr, table_ptr, seq_lens_ptr, out_ptr, parts_ptr, partial_ptr, lse_ptr,
+    window, scale_log2, stride_q: tl.int64, stride_out: tl.int64, stride_table: tl.int64, stride_page, stride_head,
+    GROUP: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
+    ROWS: tl.constexpr, PART_ROWS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs, H), one warp each. Tokens are the rows of the tensor-core instructions, query heads the columns.
 
@@ -60,160 +84,157 @@ def _decode_kernel(
     PLANES: tl.constexpr = 4 // FOLDS  # planes per such group
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    programs = tl.num_programs(0)
-    program = tl.program_id(0)
+    part = tl.program_id(0)
     head = tl.program_id(1)
-
-    r = tl.arange(0, MAX_REQUESTS)
-    ends, share = _share(seq_lens_ptr, requests, window, programs, r, T)
-    share_begin = program * share
-    share_end = tl.minimum(share_begin + share, tl.max(ends, 0))
-    if share_begin >= share_end:
+    tile_end = tl.load(parts_ptr + 4 * part + 2)
+    if tile_end == 0:
         return
-    request_begin = tl.sum((ends <= share_begin).to(tl.int32), 0)
-    request_end = tl.sum((ends < share_end).to(tl.int32), 0) + 1
+    request = tl.load(parts_ptr + 4 * part)
+    tile_begin = tl.load(parts_ptr + 4 * part + 1)
+    whole = tl.load(parts_ptr + 4 * part + 3)
+    length = tl.load(seq_lens_ptr + request)
+    first_token = tl.maximum(length - window, 0)
 
     row = tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
     token = tl.arange(0, T)
     lane_ok = lane < L
     row_ok = row < GROUP
-    for request in range(request_begin, request_end):
-        length = tl.load(seq_lens_ptr + request)
-        first_token = tl.maximum(length - window, 0)
-        end = tl.sum(tl.where(r == request, ends, 0), 0)
-        begin = end - tl.maximum(tl.cdiv(length, T) - first_token // T, 1)
-        tile_begin = tl.maximum(share_begin, begin) - begin + first_token // T
-        tile_end = tl.minimum(share_end, end) - begin + first_token // T
 
-        q_at = q_ptr + request * stride_q + (head * GROUP + row)[None, :] * D + lane[:, None]
-        q = ()
-        q_sum = ()
-        for g in tl.static_range(FOLDS):
-            sum_g = tl.zeros((ROWS,), tl.float32)
-            for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
-                plane = tl.load(q_at + i * L, mask=lane_ok[:, None] & row_ok[None, :], other=0.0).to(tl.float16)
-                sum_g += tl.sum(plane.to(tl.float32), 0)
-                if i % 2 == 1 and not EXPAND:
-                    plane = (plane * 0.0625).to(tl.float16)  # odd planes hold 16 · code
-                q = q + (plane,)
-            q_sum = q_sum + ((sum_g * scale_log2)[None, :],)
+    q_at = q_ptr + request * stride_q + (head * GROUP + row)[:, None] * D + lane[None, :]
+    q = ()
+    q_sum = ()
+    for g in tl.static_range(FOLDS):
+        sum_g = tl.zeros((ROWS,), tl.float32)
+        for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
+            plane = tl.load(q_at + i * L, mask=row_ok[:, None] & lane_ok[None, :], other=0.0).to(tl.float16)
+            sum_g += tl.sum(plane.to(tl.float32), 1)
+            if i % 2 == 1 and not EXPAND:
+                plane = (plane * 0.0625).to(tl.float16)  # odd planes hold 16 · code
+            q = q + (tl.trans(plane),)
+        q_sum = q_sum + ((sum_g * scale_log2)[None, :],)
 
-        m = tl.full((ROWS,), -1e30, tl.float32)
-        den = tl.zeros((ROWS,), tl.float32)
-        z = ()
-        o = ()
-        for _ in tl.static_range(FOLDS):
-            z = z + (tl.zeros((ROWS,), tl.float32),)
-        for _ in tl.static_range(4):
-            o = o + (tl.zeros((LANES, ROWS), tl.float32),)
+    m = tl.full((ROWS,), -1e30, tl.float32)
+    den = tl.zeros((ROWS,), tl.float32)
+    z = ()
+    o = ()
+    for _ in tl.static_range(FOLDS):
+        z = z + (tl.zeros((ROWS,), tl.float32),)
+    for _ in tl.static_range(4):
+        o = o + (tl.zeros((LANES, ROWS), tl.float32),)
 
-        table = table_ptr + request * stride_table
-        for tile in range(tile_begin, tile_end):
-            t = tile * T + token
-            ok = (t >= first_token) & (t < length)
-            page = tl.load(table + t // BLOCK, mask=t < length, other=0)
-            base = page.to(tl.int64) * stride_page + head * stride_head
-            at = base + (t % BLOCK) * L
-            k = tl.load(codes_ptr + at[:, None] + lane[None, :], mask=lane_ok[None, :], other=0)
-            v = tl.load(codes_ptr + (at + BLOCK * L)[None, :] + lane[:, None], mask=lane_ok[:, None], other=0)
-            meta_at = meta_ptr + base // 2 + (BLOCK * L + (t % BLOCK) * GROUPS)
+    table = table_ptr + request * stride_table
+    pages = tl.cdiv(length, BLOCK)
+    for tile in range(tile_begin, tile_end):
+        t = tile * T + token
+        ok = (t >= first_token) & (t < length)
+        if T % BLOCK == 0:
+            index = tile * (T // BLOCK) + token // BLOCK
+            in_page = token % BLOCK
+        else:
+            index = tile // (BLOCK // T) + tl.zeros((T,), tl.int32)
+            in_page = tile % (BLOCK // T) * T + token
+        page = tl.load(table + index, mask=index < pages, other=0)
+        base = page.to(tl.int64) * stride_page + head * stride_head
+        at = base + in_page * L
+        k = tl.load(codes_ptr + at[:, None] + lane[None, :], mask=lane_ok[None, :], other=0)
+        v = tl.load(codes_ptr + (at + BLOCK * L)[None, :] + lane[:, None], mask=lane_ok[:, None], other=0)
+        meta_at = meta_ptr + base // 2 + (BLOCK * L + in_page * GROUPS)
 
-            s = tl.where(ok, 0.0, -1e30)[:, None]
-            if EXPAND:
-                real = ok[:, None] & lane_ok[None, :]
-                for i in tl.static_range(4):
-                    x = dequantize(k, i, meta_at[:, None], lane[None, :], real, L, GROUP_SIZE)
-                    s += tl.dot(x, q[i]) * scale_log2
-            else:
-                for g in tl.static_range(FOLDS):
-                    meta = tl.load(meta_at + g, mask=ok, other=0)
-                    dot = tl.zeros((T, ROWS), tl.float32)
-                    for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
-                        dot = tl.dot(nibbles(k, i), q[i], dot)
-                    s += dot * (meta_scale(meta) * (scale_log2 * 16777216.0))[:, None]
-                    s += q_sum[g] * meta_zero(meta)[:, None]
+        s = tl.where(ok, 0.0, -1e30)[:, None]
+        if EXPAND:
+            real = ok[:, None] & lane_ok[None, :]
+            for i in tl.static_range(4):
+                x = dequantize(k, i, meta_at[:, None], lane[None, :], real, L, GROUP_SIZE)
+                s += tl.dot(x, q[i]) * scale_log2
+        else:
+            for g in tl.static_range(FOLDS):
+                meta = tl.load(meta_at + g, mask=ok, other=0)
+                dot = tl.zeros((T, ROWS), tl.float32)
+                for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
+                    dot = tl.dot(nibbles(k, i), q[i], dot)
+                s += dot * (meta_scale(meta) * (scale_log2 * 16777216.0))[:, None]
+                s += q_sum[g] * meta_zero(meta)[:, None]
 
-            m_new = tl.maximum(m, tl.max(s, 0))
-            alpha = tl.exp2(m - m_new)
-            m = m_new
-            p = tl.exp2(s - m_new[None, :])
-            den = den * alpha + tl.sum(p, 0)
-            z_new = ()
-            o_new = ()
-            meta_at += BLOCK * GROUPS
-            if EXPAND:
-                z_new = z
-                real = lane_ok[:, None] & ok[None, :]
-                for i in tl.static_range(4):
-                    x = dequantize(v, i, meta_at[None, :], lane[:, None], real, L, GROUP_SIZE)
-                    o_new = o_new + (tl.dot(x, p.to(tl.float16), o[i] * alpha[None, :]),)
-            else:
-                for g in tl.static_range(FOLDS):
-                    meta = tl.load(meta_at + g, mask=ok, other=0)
-                    z_new = z_new + (z[g] * alpha + tl.sum(p * meta_zero(meta)[:, None], 0),)
-                    pv = (p * tl.minimum(meta_scale(meta) * 64.0, 65504.0)[:, None]).to(tl.float16)
-                    for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
-                        o_new = o_new + (tl.dot(nibbles(v, i), pv, o[i] * alpha[None, :]),)
-            z = z_new
-            o = o_new
+        m_new = tl.maximum(m, tl.max(s, 0))
+        alpha = tl.exp2(m - m_new)
+        m = m_new
+        p = tl.exp2(s - m_new[None, :])
+        den = den * alpha + tl.sum(p, 0)
+        z_new = ()
+        o_new = ()
+        meta_at += BLOCK * GROUPS
+        if EXPAND:
+            z_new = z
+            real = lane_ok[:, None] & ok[None, :]
+            for i in tl.static_range(4):
+                x = dequantize(v, i, meta_at[None, :], lane[:, None], real, L, GROUP_SIZE)
+                o_new = o_new + (tl.dot(x, p.to(tl.float16), o[i] * alpha[None, :]),)
+        else:
+            for g in tl.static_range(FOLDS):
+                meta = tl.load(meta_at + g, mask=ok, other=0)
+                z_new = z_new + (z[g] * alpha + tl.sum(p * meta_zero(meta)[:, None], 0),)
+                # 64 lifts p · scale in fp16 away from underflow; exact up to a scale of 1023, a range of 15,000
+                pv = (p * tl.minimum(meta_scale(meta) * 64.0, 65504.0)[:, None]).to(tl.float16)
+                for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
+                    o_new = o_new + (tl.dot(nibbles(v, i), pv, o[i] * alpha[None, :]),)
+        z = z_new
+        o = o_new
 
-        whole = (begin >= share_begin) & (end <= share_end)
-        # slot 0: the share begins inside the request; slot 1: the request begins inside the share
-        slot = 2 * (head * programs + program) + (begin >= share_begin).to(tl.int32)
-        out_at = out_ptr + request * stride_out + (head * GROUP + row)[None, :] * D + lane[:, None]
-        partial_at = partial_ptr + (slot * D + lane)[:, None] * ROWS + row[None, :]
-        if not whole:
-            tl.store(lse_ptr + slot * ROWS + row, m + tl.log2(den))
-        for i in tl.static_range(4):
-            o_i = o[i]
-            if not EXPAND:  # the units of the nibbles (2⁻²⁴, odd planes 2⁻²⁰) and the 64 in P
-                o_i *= 262144.0 if i % 2 == 0 else 16384.0
-            o_i = (o_i + z[0 if EXPAND else i // PLANES][None, :]) / den[None, :]
-            if whole:
-                tl.store(out_at + i * L, o_i, mask=lane_ok[:, None] & row_ok[None, :])
-            else:
-                tl.store(partial_at + i * L * ROWS, o_i, mask=lane_ok[:, None])
+    inverse = 1.0 / den
+    slot = part * tl.num_programs(1) + head
+    if whole == 0:
+        tl.store(lse_ptr + slot * PART_ROWS + row, m + tl.log2(den), mask=row < PART_ROWS)
+    out_at = out_ptr + request * stride_out + (head * GROUP + row)[None, :] * D + lane[:, None]
+    partial_at = partial_ptr + (slot * D + lane)[:, None] * PART_ROWS + row[None, :]
+    for i in tl.static_range(4):
+        # the units of the nibbles (2⁻²⁴, odd planes 2⁻²⁰) and the 64 in P
+        unit = 1.0 if EXPAND else 262144.0 if i % 2 == 0 else 16384.0
+        o_i = o[i] * (inverse * unit)[None, :] + (z[0 if EXPAND else i // PLANES] * inverse)[None, :]
+        if whole == 1:
+            tl.store(out_at + i * L, o_i, mask=lane_ok[:, None] & row_ok[None, :])
+        else:
+            tl.store(partial_at + i * L * PART_ROWS, o_i, mask=lane_ok[:, None] & (row < PART_ROWS)[None, :])
 
 
-@triton.jit(do_not_specialize=["requests", "window", "programs"])
+@triton.jit
 def _merge_kernel(
-    partial_ptr, lse_ptr, seq_lens_ptr, out_ptr, requests, window, programs, stride_out: tl.int64,
-    GROUP: tl.constexpr, D: tl.constexpr, MAX_REQUESTS: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr, CHUNK: tl.constexpr, PDL: tl.constexpr,
+    spans_ptr, partial_ptr, lse_ptr, out_ptr, stride_out: tl.int64,
+    GROUP: tl.constexpr, D: tl.constexpr, PART_ROWS: tl.constexpr, E: tl.constexpr, CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (R, H, ceil(D / CHANNELS)): merge the partial results of a request that lies in several shares."""
+    """Grid (R, H, ceil(D · PART_ROWS / E)): the parts of a request into ``out``, E elements a program."""
     request = tl.program_id(0)
     head = tl.program_id(1)
-    r = tl.arange(0, MAX_REQUESTS)
-    ends, share = _share(seq_lens_ptr, requests, window, programs, r, T)
-    first = tl.max(tl.where(r < request, ends, 0), 0) // share
-    last = (tl.sum(tl.where(r == request, ends, 0), 0) - 1) // share
-    if first < last:
+    heads = tl.num_programs(1)
+    first = tl.load(spans_ptr + 2 * request)
+    count = tl.load(spans_ptr + 2 * request + 1)
+    if count > 1:
         if PDL:
             tl.extra.cuda.gdc_wait()
-        row = tl.arange(0, ROWS)
-        channel = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
-        m = tl.full((ROWS,), -1e30, tl.float32)
-        den = tl.zeros((ROWS,), tl.float32)
-        o = tl.zeros((CHANNELS, ROWS), tl.float32)
-        for start in range(first, last + 1, CHUNK):
-            program = start + tl.arange(0, CHUNK)
-            real = (program <= last)[:, None]
-            slot = 2 * (head * programs + program) + (program == first).to(tl.int32)
-            lse = tl.load(lse_ptr + slot[:, None] * ROWS + row[None, :], mask=real, other=-1e30)
+        # Each thread keeps the same elements of every part: nothing is exchanged.
+        element = tl.program_id(2) * E + tl.arange(0, E)
+        row = element % PART_ROWS
+        channel = element // PART_ROWS
+        m = tl.full((E,), -1e30, tl.float32)
+        den = tl.zeros((E,), tl.float32)
+        o = tl.zeros((E,), tl.float32)
+        for start in range(0, count, CHUNK):
+            i = start + tl.arange(0, CHUNK)[:, None]
+            slot = (first + i) * heads + head
+            lse = tl.load(lse_ptr + slot * PART_ROWS + row[None, :], mask=i < count, other=-1e30)
             part = tl.load(
-                partial_ptr + (slot[:, None, None] * D + channel[None, :, None]) * ROWS + row[None, None, :],
-                mask=real[:, :, None] & (channel < D)[None, :, None], other=0.0,
+                partial_ptr + slot * (D * PART_ROWS) + element[None, :],
+                mask=(i < count) & (element < D * PART_ROWS)[None, :], other=0.0,
             )  # fmt: skip
             m_new = tl.maximum(m, tl.max(lse, 0))
             weight = tl.exp2(lse - m_new[None, :])
             alpha = tl.exp2(m - m_new)
             den = den * alpha + tl.sum(weight, 0)
-            o = o * alpha[None, :] + tl.sum(part * weight[:, None, :], 0)
+            o = o * alpha + tl.sum(part * weight, 0)
             m = m_new
-        out_at = out_ptr + request * stride_out + (head * GROUP + row)[None, :] * D + channel[:, None]
-        tl.store(out_at, o / den[None, :], mask=(channel < D)[:, None] & (row < GROUP)[None, :])
+        out_at = out_ptr + request * stride_out + (head * GROUP + row) * D + channel
+        tl.store(out_at, o / den, mask=(row < GROUP) & (channel < D))
 
 
 class _Tile(NamedTuple):
@@ -224,22 +245,44 @@ class _Tile(NamedTuple):
 
 
 def _tile(head_dim: int) -> _Tile:
-    return _Tile(64, 5, 12, 168)
+    return _Tile(64, 5, 8, 168) if head_dim <= 128 else _Tile(32, 5, 8, 168)
 
 
-def _rows(num_heads: int, num_kv_heads: int) -> int:
-    return 8 if num_heads // num_kv_heads <= 8 else 16
+def _part_rows(num_heads: int, num_kv_heads: int) -> int:
+    return max(4, triton.next_power_of_2(num_heads // num_kv_heads))
 
 
-def make_scratch(num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device) -> DecodeScratch:
-    """Scratch for ``decode``; allocate before CUDA-graph capture."""
+def make_scratch(
+    max_requests: int, num_heads: int, num_kv_heads: int, head_dim: int, device: torch.device
+) -> DecodeScratch:
+    """Scratch for ``plan`` and ``decode`` of up to ``max_requests`` requests; allocate before CUDA-graph capture."""
     sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    programs = max(1, sms * _tile(head_dim).programs_per_sm // num_kv_heads)
-    shape, rows = (num_kv_heads, programs, 2), _rows(num_heads, num_kv_heads)
+    fill = max(1, sms * _tile(head_dim).programs_per_sm // num_kv_heads)
+    programs, rows = max(fill, max_requests), _part_rows(num_heads, num_kv_heads)
     return DecodeScratch(
-        torch.empty(*shape, head_dim, rows, dtype=torch.float32, device=device),
-        torch.empty(*shape, rows, dtype=torch.float32, device=device),
+        torch.zeros(programs, 4, dtype=torch.int32, device=device),
+        torch.zeros(max_requests, 2, dtype=torch.int32, device=device),
+        torch.empty(fill, num_kv_heads, head_dim, rows, dtype=torch.float32, device=device),
+        torch.empty(fill, num_kv_heads, rows, dtype=torch.float32, device=device),
     )
+
+
+def plan(seq_lens: torch.Tensor, window: int | None, head_dim: int, scratch: DecodeScratch) -> None:
+    """Cut the requests of a step in parts, for every ``decode`` of that step with this scratch.
+
+    seq_lens: int32 ``[R]`` on the device, the query's token included; 0 marks graph padding.
+    """
+    require_triton("decode attention")
+    requests = seq_lens.shape[0]
+    if requests > scratch.spans.shape[0]:
+        raise ValueError(f"{requests} requests, but the scratch was made for {scratch.spans.shape[0]}.")
+    max_requests = max(16, triton.next_power_of_2(scratch.spans.shape[0]))
+    fill = scratch.lse.shape[0]
+    _plan_kernel[(1,)](
+        seq_lens, scratch.parts, scratch.spans, requests, 2**30 if window is None else window, scratch.parts.shape[0],
+        max(fill, requests), MAX_REQUESTS=max_requests, T=_tile(head_dim).tokens, STEPS=20, CHUNK=1024,
+        num_warps=max(1, min(8, max_requests // 128)),
+    )  # fmt: skip
 
 
 def decode(
@@ -258,34 +301,35 @@ def decode(
     q, out: ``[R, Hq, D]`` (bf16, fp16 or fp32), heads of a token contiguous. cache: uint8 ``[B, H, block_size, C]``.
     block_table: int32 ``[R, P]``, only the entries of a request's own pages are read. seq_lens: int32 ``[R]``, the
     query's token included; 0 marks graph padding and gives zeros. window: as in ``attention_ref``.
-    scratch: from ``make_scratch`` for the same heads and device.
+    scratch: from ``make_scratch`` for the same heads and device; ``plan`` has run with the same ``seq_lens``, window.
 
-    Safe inside a CUDA graph: nothing is read on the host, and the grid depends on R, the GPU and the KV heads alone.
+    Safe inside a CUDA graph: nothing is read on the host; the grids depend on R, the GPU and the number of KV heads.
     """
     require_triton("decode attention")
     requests, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = cache.shape
-    group, groups = num_heads // num_kv_heads, head_dim // group_size
+    group, tile = num_heads // num_kv_heads, _tile(head_dim)
     if group > MAX_GROUP or num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads over {num_kv_heads} KV heads; allowed: 1 to {MAX_GROUP} per one.")
+    if tile.tokens % block_size and block_size % tile.tokens:
+        raise ValueError(f"block size {block_size}; allowed: multiples and divisors of {tile.tokens}.")
     page_views(cache, head_dim, group_size)  # checks the layout
+    part_rows, fill = _part_rows(num_heads, num_kv_heads), scratch.lse.shape[0]
     expand = group_size % (head_dim // 4) != 0
-    tile, rows, programs = _tile(head_dim), _rows(num_heads, num_kv_heads), scratch.lse.shape[1]
-    window = 2**30 if window is None else window
-    max_requests = next(n for n in (16, 128, 1024, 8192, 65536) if requests <= n)
     pdl = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
-    _decode_kernel[(programs, num_kv_heads)](
-        q, cache.view(torch.int16), cache.view(torch.int32), block_table, seq_lens, out, *scratch,
-        requests, window, scale * math.log2(math.e), q.stride(0), out.stride(0), block_table.stride(0),
-        cache.stride(0) // 2, cache.stride(1) // 2,
-        GROUP=group, D=head_dim, GROUPS=groups, BLOCK=block_size, MAX_REQUESTS=max_requests, T=tile.tokens,
-        ROWS=rows, LANES=max(16, triton.next_power_of_2(head_dim // 4)), PDL=pdl,
-        num_warps=1, num_stages=1 if expand else tile.stages, maxnreg=tile.registers,
+    _decode_kernel[(max(fill, requests), num_kv_heads)](
+        q, cache.view(torch.int16), cache.view(torch.int32), block_table, seq_lens, out,
+        scratch.parts, scratch.partial, scratch.lse, 2**30 if window is None else window, scale * math.log2(math.e),
+        q.stride(0), out.stride(0), block_table.stride(0), cache.stride(0) // 2, cache.stride(1) // 2,
+        GROUP=group, D=head_dim, GROUPS=head_dim // group_size, BLOCK=block_size, T=tile.tokens,
+        ROWS=8 if group <= 8 else 16, PART_ROWS=part_rows, LANES=max(16, triton.next_power_of_2(head_dim // 4)),
+        PDL=pdl, num_warps=1, num_stages=1 if expand else tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
-    channels = max(16, triton.next_power_of_2(head_dim) // (8 if requests <= 4 else 4 if requests <= 16 else 1))
-    _merge_kernel[(requests, num_kv_heads, triton.cdiv(head_dim, channels))](
-        *scratch, seq_lens, out, requests, window, programs, out.stride(0),
-        GROUP=group, D=head_dim, MAX_REQUESTS=max_requests, T=tile.tokens, ROWS=rows, CHANNELS=channels,
-        CHUNK=8192 // (channels * rows), PDL=pdl, num_warps=4, launch_pdl=pdl,
-    )  # fmt: skip
+    if requests < fill:  # else every request is one part
+        warps = 1 if requests <= 16 else 4
+        _merge_kernel[(requests, num_kv_heads, triton.cdiv(head_dim * part_rows, 128 * warps))](
+            scratch.spans, scratch.partial, scratch.lse, out, out.stride(0),
+            GROUP=group, D=head_dim, PART_ROWS=part_rows, E=128 * warps, CHUNK=16, PDL=pdl,
+            num_warps=warps, launch_pdl=pdl,
+        )  # fmt: skip
     return out
