@@ -10,12 +10,14 @@ import torch
 
 from calibrate.decoder import DecoderBuilder, DecoderLayer
 from calibrate.fmpq import error_curve, outlier_last
-from calibrate.gptq import gptq, hessian_error
+from calibrate.gptq import corrected_target, gptq, hessian_error
 from calibrate.grid import QuantizedLinear, search_grid
+from calibrate.kv_smooth import smooth_k
 from calibrate.models import DOWN, GATE_UP, OUT, QKV, LinearInput
 from calibrate.stats import InputStats
 from vllm_comet.checkpoint import CometFormat
 
+CORR = 0.01
 _ROWS = 512
 """Tokens on which the activation error of a layer is measured."""
 
@@ -28,21 +30,32 @@ class LayerCalibrator:
         self.kv_group_size = comet.kv_cache.group_size if comet.kv_cache else None
 
     def run(
-        self, index: int, tensors: dict[str, torch.Tensor], chunks: list[torch.Tensor]
+        self, index: int, tensors: dict[str, torch.Tensor], chunks: list[torch.Tensor], references: list[torch.Tensor]
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Stored tensors of layer ``index`` (names relative to it, without act_bits) and its report.
 
         tensors: the layer's weights as loaded. chunks: its input, ``[B, T, hidden]`` float32; left as they are.
         """
-        layer = self.builder.build(index, tensors)
+        layer, exact = self.builder.build(index, tensors), self.builder.build(index, tensors)
         job = _LayerJob(self, layer, index, sum(c.shape[0] * c.shape[1] for c in chunks))
-        job.quantize(QKV, (layer.attention_input(h) for h in chunks))
-        attended = [layer.attention(*layer.qkv(layer.attention_input(h)), self.kv_group_size) for h in chunks]
-        job.quantize(OUT, attended)
-        hidden = [layer.add_attention(h, a) for h, a in zip(chunks, attended, strict=True)]
-        job.quantize(GATE_UP, (layer.mlp_input(h) for h in hidden))
-        job.quantize(DOWN, (layer.mlp_hidden(layer.mlp_input(h)) for h in hidden))
+        both = list(zip(chunks, references, strict=True))
+        if self.kv_group_size is not None:
+            job.report["kv_smoothing"] = smooth_k(layer, layer.attention_input(chunks[0]), self.kv_group_size)
+        job.quantize(QKV, ((layer.attention_input(h), exact.attention_input(r)) for h, r in both))
+        attended = [(layer.attention(*layer.qkv(layer.attention_input(h)), self.kv_group_size),
+                     exact.attention(*exact.qkv(exact.attention_input(r)))) for h, r in both]
+        job.quantize(OUT, ((a, ra, self._drift(h, r)) for (a, ra), (h, r) in zip(attended, both, strict=True)))
+        both = [(layer.add_attention(h, a), exact.add_attention(r, ra))
+                for (a, ra), (h, r) in zip(attended, both, strict=True)]
+        job.quantize(GATE_UP, ((layer.mlp_input(h), exact.mlp_input(r)) for h, r in both))
+        job.quantize(DOWN, ((layer.mlp_hidden(layer.mlp_input(h)), exact.mlp_hidden(exact.mlp_input(r)),
+                             self._drift(h, r)) for h, r in both))
         return job.stored_tensors(), job.report
+
+
+    def _drift(self, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor | None:
+        """What a linear that adds to the residual stream should make good; a norm in between rules it out."""
+        return None if self.builder.family.sandwich_norm else reference - hidden
 
 
 class _LayerJob:
@@ -53,20 +66,23 @@ class _LayerJob:
         self.done: dict[str, QuantizedLinear] = {}
         self.report: dict[str, Any] = {}
 
-    def quantize(self, linear_input: LinearInput, inputs: Iterable[torch.Tensor]) -> None:
+    def quantize(self, linear_input: LinearInput, inputs: Iterable[tuple]) -> None:
         """Quantise the members of ``linear_input`` from their common ``inputs`` and put the result in the layer."""
         k = self.layer.dims.width(linear_input)
         name = f"model.layers.{self.index}.{linear_input.members[0]}"
         stats = InputStats(name, k, self.owner.builder.device, _ROWS, self.tokens)
         for x in inputs:
-            stats.add(x)
+            stats.add(*x)
         slices = self.owner.comet.tensor_parallel if linear_input.row_parallel else 1
         perm = outlier_last(stats.peak, slices)
         hessian = stats.hessian[perm][:, perm]
+        cross = stats.cross[perm][:, perm]
+        drift = None if stats.drift is None else stats.drift[:, perm]
         errors, weights = {}, []
         for member in linear_input.members:
             linear = self.layer.linear(member)
             weight = linear.weight[:, perm]
+            weight = corrected_target(weight, hessian, cross, drift, CORR)
             quantized = self._quantize_weight(weight, hessian, f"model.layers.{self.index}.{member}")
             quantized.perm = perm
             self.done[member] = quantized

@@ -100,12 +100,14 @@ def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = F
         embedding = source.tensor("model.embed_tokens.weight")
         chunks = [builder.embed(chunk, embedding).to(device)
                   for chunk in windows.split(max(1, _CHUNK_TOKENS // windows.shape[1]))]
+        references = list(chunks)
         progress = tqdm(range(dims.layers), unit="layer", desc="calibrating", dynamic_ncols=True)
         for index in progress:
+            original = source.module_tensors(f"model.layers.{index}")
             if not workspace.has_layer(index):
-                tensors, report = calibrator.run(index, source.module_tensors(f"model.layers.{index}"), chunks)
-                workspace.save_layer(index, tensors, report)
-            _propagate(load_quantized(builder, index, workspace.load_layer(index), comet), chunks, comet)
+                workspace.save_layer(index, *calibrator.run(index, original, chunks, references))
+            _propagate(load_quantized(builder, index, workspace.load_layer(index), comet), chunks, comet.kv_cache)
+            _propagate(builder.build(index, original), references, None)
     return _export(source, workspace, comet, dims, options)
 
 
@@ -122,10 +124,9 @@ def load_quantized(
     return builder.build(index, plain)
 
 
-def _propagate(layer: DecoderLayer, chunks: list[torch.Tensor], comet: fmt.CometFormat) -> None:
-    kv_group_size = comet.kv_cache.group_size if comet.kv_cache else None
+def _propagate(layer: DecoderLayer, chunks: list[torch.Tensor], kv_cache: fmt.KVCacheFormat | None) -> None:
     for i, hidden in enumerate(chunks):
-        chunks[i] = layer.forward(hidden, kv_group_size)
+        chunks[i] = layer.forward(hidden, kv_cache.group_size if kv_cache else None)
 
 
 def _export(source: ModelSource, workspace: Workspace, comet: fmt.CometFormat, dims: Dims, options: Options) -> Result:

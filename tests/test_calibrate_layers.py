@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The staged decoder layer and the transformations that must not change what a float model computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from calibrate_tiny import FAMILIES, VOCAB, tiny_model
+
+from calibrate.decoder import DecoderBuilder, DecoderLayer
+from calibrate.kv_smooth import fold_factor, smooth_k
+from calibrate.models import Dims, choose_tensor_parallel, family_of
+
+TOKENS = torch.randint(2, VOCAB, (2, 40), generator=torch.Generator().manual_seed(2))
+
+
+def build_layers(model) -> tuple[DecoderBuilder, list[DecoderLayer]]:
+    builder = DecoderBuilder(model.config, family_of(model.config), torch.device("cpu"))
+    return builder, [
+        builder.build(i, {name: p.clone() for name, p in layer.named_parameters()})
+        for i, layer in enumerate(model.model.layers)
+    ]
+
+
+def run_layers(builder: DecoderBuilder, layers: list[DecoderLayer], model) -> torch.Tensor:
+    hidden = builder.embed(TOKENS, model.model.embed_tokens.weight)
+    for layer in layers:
+        hidden = layer.forward(hidden)
+    return model.model.norm(hidden)
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    model = tiny_model(request.param)
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def test_stages_compute_what_hugging_face_computes(model):
+    builder, layers = build_layers(model)
+    expected = model.model(TOKENS).last_hidden_state
+    torch.testing.assert_close(run_layers(builder, layers, model), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_k_factor_leaves_the_output_unchanged(model):
+    builder, layers = build_layers(model)
+    before = run_layers(builder, layers, model)
+    dims = Dims.of(model.config)
+    for layer in layers:
+        half = torch.rand(dims.kv_heads, dims.head_dim // 2, generator=torch.Generator().manual_seed(3)) * 3 + 0.3
+        k_before = layer.qkv(before)[1]
+        fold_factor(layer, torch.cat([half, half], dim=1))
+        assert not torch.allclose(layer.qkv(before)[1], k_before, rtol=0.1)
+    torch.testing.assert_close(run_layers(builder, layers, model), before, rtol=1e-4, atol=1e-4)
+
+
+def test_searched_k_factor_lowers_the_attention_error(model):
+    builder, layers = build_layers(model)
+    hidden = builder.embed(TOKENS, model.model.embed_tokens.weight)
+    assert smooth_k(layers[0], layers[0].attention_input(hidden), kv_group_size=32) < 0.9
+
+
+def test_folded_down_permutation_leaves_the_output_unchanged(model):
+    builder, layers = build_layers(model)
+    before = run_layers(builder, layers, model)
+    order = torch.randperm(Dims.of(model.config).intermediate, generator=torch.Generator().manual_seed(4))
+    for layer in layers:
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj):
+            linear.weight.copy_(linear.weight[order])
+        layer.mlp.down_proj.weight.copy_(layer.mlp.down_proj.weight[:, order])
+    torch.testing.assert_close(run_layers(builder, layers, model), before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dims", "requested", "expected"), [
+    (Dims(4096, 14336, 32, 8, 128, 32), None, 8),
+    (Dims(4096, 14336, 32, 8, 128, 32), 2, 2),
+    (Dims(576, 1536, 9, 3, 64, 30), None, 1),
+    (Dims(1536, 8960, 12, 2, 128, 28), None, 2),
+])
+def test_tensor_parallel_choice(dims, requested, expected):
+    assert choose_tensor_parallel(dims, requested) == expected
+
+
+def test_tensor_parallel_refusal_names_layer_and_allowed_sizes():
+    with pytest.raises(ValueError, match=r"--tensor-parallel 4: .*heads don't divide by 4; allowed .*\[1\]"):
+        choose_tensor_parallel(Dims(576, 1536, 9, 3, 64, 30), 4)
+    with pytest.raises(ValueError, match=r"mlp.down_proj has K = 11008 .* not a multiple of 128; allowed .*\[2, 1\]"):
+        choose_tensor_parallel(Dims(4096, 11008, 32, 32, 128, 32), 4)
