@@ -25,7 +25,7 @@ def register() -> None:
     _registered = True
     from vllm.logger import init_logger
 
-    logger = init_logger(__name__)
+    logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below "vllm"
     reason = _unsupported_vllm()
     if reason:
         logger.warning("vllm-comet %s is inactive: %s", __version__, reason)

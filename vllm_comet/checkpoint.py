@@ -110,7 +110,7 @@ class CometFormat:
             )
         unknown = sorted(set(raw) - known)
         _require(not unknown, "keys", unknown, f"only {sorted(known)}")
-        group_size = raw.get("group_size")
+        group_size: Any = raw.get("group_size")
         _require(group_size in GROUP_SIZES, "group_size", group_size, f"one of {GROUP_SIZES}")
         ignore = raw.get("ignore", [])
         ignore_ok = isinstance(ignore, list) and all(isinstance(i, str) for i in ignore)

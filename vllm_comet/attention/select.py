@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm_comet.attention.backend import CometAttentionImpl, backend_for
 from vllm_comet.checkpoint import CheckpointError, KVCacheFormat
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below "vllm"
 
 
 def select_kv_cache(layer: torch.nn.Module, prefix: str, fmt: KVCacheFormat) -> None:

@@ -21,7 +21,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm_comet.checkpoint import QUANT_METHOD, CheckpointError, CometFormat, verify_checkpoint
 from vllm_comet.settings import Settings
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below "vllm"
 
 
 @register_quantization_config(QUANT_METHOD)

@@ -16,7 +16,7 @@ from vllm_comet.kernels.linear import LinearWeight, make_linear_kernel
 from vllm_comet.quantization.parameters import check_loaded, create_parameters
 from vllm_comet.settings import Settings
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below "vllm"
 DUMMY_INT8_SHARE = 0.16
 """Share of INT8 blocks of ``--load-format dummy``: the calibrator's default."""
 
