@@ -10,8 +10,16 @@ import torch
 
 from vllm_comet.checkpoint import KV_GROUP_SIZES
 from vllm_comet.kernels.kv4_attention import attention_ref
-from vllm_comet.kernels.kv4_cache import bytes_per_token, dequantize_kv_ref, quantize_kv_ref, store_kv, store_kv_ref
+from vllm_comet.kernels.kv4_cache import (
+    bytes_per_token,
+    dequantize_kv_ref,
+    load_kv_ref,
+    quantize_kv_ref,
+    store_kv,
+    store_kv_ref,
+)
 from vllm_comet.kernels.kv4_decode import decode, make_scratch, plan
+from vllm_comet.kernels.kv4_prefill import gather_kv, prefill
 
 pytest.importorskip("triton")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -102,5 +110,44 @@ def test_decode(lengths, heads, group, head_dim, group_size, block_size, window)
     for _ in range(2):  # the second call finds the scratch as the first left it
         out = torch.full(q.shape, float("nan"), device=DEVICE)
         plan(seq_lens, window, head_dim, scratch)
-        decode(q, cache, table, seq_lens, group_size, scale, window, out, scratch)
+        decode(q, cache, table, group_size, scale, window, out, scratch)
         assert relative_error(out, ref) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("lengths", "queries", "heads", "group", "head_dim", "group_size", "block_size", "window"),
+    [
+        ([70, 5, 0, 131], [70, 1, 0, 33], 2, 4, 128, 128, 16, None),
+        ([90], [64], 1, 7, 64, 32, 32, 20),
+        ([40, 150], [3, 150], 1, 1, 128, 64, 128, None),
+        ([77], [40], 1, 16, 128, 32, 64, 33),
+        ([50], [50], 1, 2, 256, 64, 16, None),
+        ([66], [20], 1, 3, 96, 96, 16, 64),
+        ([70], [70], 1, 2, 96, 32, 16, None),
+        ([45], [30], 1, 1, 256, 32, 16, 9),
+    ],
+)
+def test_prefill(lengths, queries, heads, group, head_dim, group_size, block_size, window):
+    cache, table = paged(lengths, heads, head_dim, group_size, block_size, seed=sum(lengths))
+    q = torch.randn(sum(queries), heads * group, head_dim, device=DEVICE).to(torch.bfloat16)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    starts = torch.tensor([0, *torch.tensor(queries).cumsum(0)], dtype=torch.int32, device=DEVICE)
+    scale = head_dim**-0.5
+    ref = attention_ref(q, cache, table, starts, seq_lens, group_size, scale, window)
+    out = torch.full(q.shape, float("nan"), device=DEVICE)
+    prefill(q, cache, table, starts, seq_lens, max(queries) + 5, group_size, scale, window, out)
+    assert relative_error(out, ref) < 1e-3
+
+
+@pytest.mark.parametrize(("head_dim", "group_size"), SHAPES)
+def test_gather_is_what_a_load_gives(head_dim, group_size):
+    lengths, heads = [37, 0, 1, 64], 2
+    cache, table = paged(lengths, heads, head_dim, group_size, 16, seed=head_dim)
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
+    shape = (sum(lengths) + 3, heads, head_dim)
+    key, value = (torch.full(shape, -7, dtype=torch.float16, device=DEVICE) for _ in range(2))
+    gather_kv(cache, table, starts, max(lengths) + 9, group_size, key, value)
+    for r, length in enumerate(lengths):
+        for x, x_hat in zip((key, value), load_kv_ref(cache, table[r], length, head_dim, group_size), strict=True):
+            assert torch.equal(x[starts[r] : starts[r + 1]].transpose(0, 1), x_hat.to(torch.float16))
+    assert (key[-3:] == -7).all() and (value[-3:] == -7).all()

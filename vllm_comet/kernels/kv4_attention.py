@@ -103,11 +103,11 @@ def meta_zero(meta):
 
 @triton.jit
 def dequantize(lanes, plane: tl.constexpr, meta_ptr, lane, ok, L: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """Plane ``plane`` of int16 ``lanes`` as fp16 values, where a plane may span groups; zeros where not ``ok``.
+    """Plane ``plane`` of int16 ``lanes`` as float32, where a plane may span groups; zeros where not ``ok``.
 
     meta_ptr: pointers to the (scale, zero) of a token's first group; lane: the lane index of each element; both, and
     ``ok``, of shapes that broadcast with ``lanes``.
     """
     meta = tl.load(meta_ptr + (plane * L + lane) // GROUP_SIZE, mask=ok, other=0)
     code = ((lanes >> (4 * plane)) & 15).to(tl.float32)
-    return (code * meta_scale(meta) + meta_zero(meta)).to(tl.float16)
+    return code * meta_scale(meta) + meta_zero(meta)

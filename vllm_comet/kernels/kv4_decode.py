@@ -25,7 +25,7 @@ MAX_GROUP = 16
 class DecodeScratch(NamedTuple):
     """Plan and partial results. Layers of one shape, window and stream may share it."""
 
-    parts: torch.Tensor  # int32 [programs, 4]: request, first tile, end tile (0 for none), is the request's only part
+    parts: torch.Tensor  # int32 [programs, 8]: request, first tile, end tile (0: no part), is it the only part, length
     spans: torch.Tensor  # int32 [max requests, 2]: first part and number of parts of a request
     partial: torch.Tensor  # float32 [programs, H, D, rows]
     lse: torch.Tensor  # float32 [programs, H, rows], log2
@@ -55,20 +55,21 @@ def _plan_kernel(
     tl.store(spans_ptr + 2 * r + 1, count, mask=real)
     length = tl.cdiv(tiles, tl.maximum(count, 1))
     for start in range(0, programs, CHUNK):  # no part for programs behind the last
-        at = parts_ptr + 4 * (start + tl.arange(0, CHUNK))
+        at = parts_ptr + 8 * (start + tl.arange(0, CHUNK))
         tl.store(at + 2, tl.zeros((CHUNK,), tl.int32), mask=start + tl.arange(0, CHUNK) < programs)
     tl.debug_barrier()
     for i in range(0, tl.max(count, 0)):
-        at = parts_ptr + 4 * (begin + i)
+        at = parts_ptr + 8 * (begin + i)
         tl.store(at, r, mask=i < count)
         tl.store(at + 1, first + i * length, mask=i < count)
         tl.store(at + 2, first + tl.minimum((i + 1) * length, tiles), mask=i < count)
         tl.store(at + 3, (count == 1).to(tl.int32), mask=i < count)
+        tl.store(at + 4, lens, mask=i < count)
 
 
 @triton.jit(do_not_specialize=["window"])
 def _decode_kernel(
-    q_ptr, codes_ptr, meta_ptr, table_ptr, seq_lens_ptr, out_ptr, parts_ptr, partial_ptr, lse_ptr,
+    q_ptr, codes_ptr, meta_ptr, table_ptr, out_ptr, parts_ptr, partial_ptr, lse_ptr,
     window, scale_log2, stride_q: tl.int64, stride_out: tl.int64, stride_table: tl.int64, stride_page, stride_head,
     GROUP: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
     ROWS: tl.constexpr, PART_ROWS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
@@ -82,18 +83,18 @@ def _decode_kernel(
     EXPAND: tl.constexpr = GROUP_SIZE % L != 0  # a plane spans groups: dequantise, as scales can't leave the product
     FOLDS: tl.constexpr = 1 if EXPAND else GROUPS  # groups whose scale and zero-point fold into scores and output
     PLANES: tl.constexpr = 4 // FOLDS  # planes per such group
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(0)
     head = tl.program_id(1)
-    tile_end = tl.load(parts_ptr + 4 * part + 2)
+    request = tl.load(parts_ptr + 8 * part)
+    tile_begin = tl.load(parts_ptr + 8 * part + 1)
+    tile_end = tl.load(parts_ptr + 8 * part + 2)
+    whole = tl.load(parts_ptr + 8 * part + 3)
+    length = tl.load(parts_ptr + 8 * part + 4)
+    first_token = tl.maximum(length - window, 0)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()  # the merge kernel may start and wait
     if tile_end == 0:
         return
-    request = tl.load(parts_ptr + 4 * part)
-    tile_begin = tl.load(parts_ptr + 4 * part + 1)
-    whole = tl.load(parts_ptr + 4 * part + 3)
-    length = tl.load(seq_lens_ptr + request)
-    first_token = tl.maximum(length - window, 0)
 
     row = tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
@@ -146,7 +147,7 @@ def _decode_kernel(
             real = ok[:, None] & lane_ok[None, :]
             for i in tl.static_range(4):
                 x = dequantize(k, i, meta_at[:, None], lane[None, :], real, L, GROUP_SIZE)
-                s += tl.dot(x, q[i]) * scale_log2
+                s += tl.dot(x.to(tl.float16), q[i]) * scale_log2
         else:
             for g in tl.static_range(FOLDS):
                 meta = tl.load(meta_at + g, mask=ok, other=0)
@@ -169,7 +170,7 @@ def _decode_kernel(
             real = lane_ok[:, None] & ok[None, :]
             for i in tl.static_range(4):
                 x = dequantize(v, i, meta_at[None, :], lane[:, None], real, L, GROUP_SIZE)
-                o_new = o_new + (tl.dot(x, p.to(tl.float16), o[i] * alpha[None, :]),)
+                o_new = o_new + (tl.dot(x.to(tl.float16), p.to(tl.float16), o[i] * alpha[None, :]),)
         else:
             for g in tl.static_range(FOLDS):
                 meta = tl.load(meta_at + g, mask=ok, other=0)
@@ -209,10 +210,10 @@ def _merge_kernel(
     heads = tl.num_programs(1)
     first = tl.load(spans_ptr + 2 * request)
     count = tl.load(spans_ptr + 2 * request + 1)
+    if PDL:  # also where there is nothing to merge: who waits for this kernel waits for all of the attention
+        tl.extra.cuda.gdc_wait()
     if count > 1:
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-        # Each thread keeps the same elements of every part: nothing is exchanged.
+        # A warp keeps the same elements of every part it reads: warps exchange once, lanes never.
         element = tl.program_id(2) * E + tl.arange(0, E)
         row = element % PART_ROWS
         channel = element // PART_ROWS
@@ -260,7 +261,7 @@ def make_scratch(
     fill = max(1, sms * _tile(head_dim).programs_per_sm // num_kv_heads)
     programs, rows = max(fill, max_requests), _part_rows(num_heads, num_kv_heads)
     return DecodeScratch(
-        torch.zeros(programs, 4, dtype=torch.int32, device=device),
+        torch.zeros(programs, 8, dtype=torch.int32, device=device),
         torch.zeros(max_requests, 2, dtype=torch.int32, device=device),
         torch.empty(fill, num_kv_heads, head_dim, rows, dtype=torch.float32, device=device),
         torch.empty(fill, num_kv_heads, rows, dtype=torch.float32, device=device),
@@ -289,7 +290,6 @@ def decode(
     q: torch.Tensor,
     cache: torch.Tensor,
     block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
     group_size: int,
     scale: float,
     window: int | None,
@@ -299,9 +299,9 @@ def decode(
     """Attention of one query token per request over its 4-bit pages; fills and returns ``out``.
 
     q, out: ``[R, Hq, D]`` (bf16, fp16 or fp32), heads of a token contiguous. cache: uint8 ``[B, H, block_size, C]``.
-    block_table: int32 ``[R, P]``, only the entries of a request's own pages are read. seq_lens: int32 ``[R]``, the
-    query's token included; 0 marks graph padding and gives zeros. window: as in ``attention_ref``.
-    scratch: from ``make_scratch`` for the same heads and device; ``plan`` has run with the same ``seq_lens``, window.
+    block_table: int32 ``[R, P]``, only the entries of a request's own pages are read. window: as in ``attention_ref``.
+    scratch: from ``make_scratch`` for the same heads and device; ``plan`` has run on it with the step's sequence
+    lengths and the same window. A request of length 0 (graph padding) gives zeros.
 
     Safe inside a CUDA graph: nothing is read on the host; the grids depend on R, the GPU and the number of KV heads.
     """
@@ -318,7 +318,7 @@ def decode(
     expand = group_size % (head_dim // 4) != 0
     pdl = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
     _decode_kernel[(max(fill, requests), num_kv_heads)](
-        q, cache.view(torch.int16), cache.view(torch.int32), block_table, seq_lens, out,
+        q, cache.view(torch.int16), cache.view(torch.int32), block_table, out,
         scratch.parts, scratch.partial, scratch.lse, 2**30 if window is None else window, scale * math.log2(math.e),
         q.stride(0), out.stride(0), block_table.stride(0), cache.stride(0) // 2, cache.stride(1) // 2,
         GROUP=group, D=head_dim, GROUPS=head_dim // group_size, BLOCK=block_size, T=tile.tokens,
@@ -326,10 +326,11 @@ def decode(
         PDL=pdl, num_warps=1, num_stages=1 if expand else tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     if requests < fill:  # else every request is one part
-        warps = 1 if requests <= 16 else 4
-        _merge_kernel[(requests, num_kv_heads, triton.cdiv(head_dim * part_rows, 128 * warps))](
+        # Few requests have many parts each: read them all at once. Many requests have few parts each.
+        warps, elements, chunk = (4, 32, 256) if requests <= 4 else (1, 128, 8) if requests <= 32 else (4, 512, 4)
+        _merge_kernel[(requests, num_kv_heads, triton.cdiv(head_dim * part_rows, elements))](
             scratch.spans, scratch.partial, scratch.lse, out, out.stride(0),
-            GROUP=group, D=head_dim, PART_ROWS=part_rows, E=128 * warps, CHUNK=16, PDL=pdl,
+            GROUP=group, D=head_dim, PART_ROWS=part_rows, E=elements, CHUNK=chunk, PDL=pdl,
             num_warps=warps, launch_pdl=pdl,
         )  # fmt: skip
     return out
