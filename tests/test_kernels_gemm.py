@@ -66,7 +66,7 @@ def test_pack_round_trip(layout, group_size, n, k, monkeypatch):
     packed, groups, _, _ = random_layer(n, k, group_size, 1)
     weight = pack_weight(packed, groups, group_size, 128, layout)
     assert torch.equal(unpack_tiles(weight), ck.integer_weight(packed, groups, group_size))
-    assert weight.packed.numel() * 4 == -(-n // 64) * -(-k // 128) * 4096
+    assert weight.packed.numel() * 4 == -(-n // 128) * -(-k // 128) * 8192
 
 
 @pytest.mark.parametrize("split", [100, -128, 512])
@@ -119,12 +119,12 @@ def test_fuzz_triton():
 HOPPER_TILES = [
     Tile(8, 64, 4, 4, 8), Tile(16, 64, 3, 4, 4), Tile(16, 128, 2, 4, 16), Tile(32, 64, 5, 4, 4), Tile(64, 64, 2, 4, 4),
     Tile(64, 128, 1, 8, 6), Tile(128, 64, 3, 4, 3), Tile(128, 128, 1, 4, 2), Tile(128, 128, 1, 8, 4),
-    Tile(128, 256, 1, 8, 3),
+    Tile(256, 128, 1, 8, 3), Tile(256, 64, 2, 4, 3), Tile(128, 128, 2, 4, 3),
 ]  # fmt: skip
 
 
 @needs_hopper
-@pytest.mark.parametrize("tile", HOPPER_TILES, ids=lambda t: f"{t.block_m}x{t.block_n}")
+@pytest.mark.parametrize("tile", HOPPER_TILES, ids=lambda t: f"{t.block_m}x{t.block_n}w{t.warps}")
 def test_fuzz_hopper(tile):
     from vllm_comet.kernels.w4ax_gemm_hopper import w4ax_gemm_hopper
 
@@ -135,11 +135,13 @@ def test_fuzz_hopper(tile):
 
 
 @needs_hopper
-def test_hopper_refuses_too_much_shared_memory():
+def test_hopper_refuses_tiles():
     from vllm_comet.kernels.w4ax_gemm_hopper import constants
 
     with pytest.raises(ValueError, match="shared memory"):
-        constants(Tile(128, 256, 1, 8, 8), 32, 1, 128, True)
+        constants(Tile(256, 128, 1, 8, 8), 32, 1, 128, True)
+    with pytest.raises(ValueError, match="block_n"):
+        constants(Tile(128, 256, 1, 8, 3), 32, 1, 128, True)
 
 
 # ----------------------------------------------------------------------------------------------------------- custom ops

@@ -46,10 +46,12 @@ def _hopper_candidates(n: int, k: int, m: int) -> list[Tile]:
     elif m <= 64:
         forms = [(64, 64, 4, 4), (64, 64, 4, 8), (64, 128, 4, 4), (64, 128, 8, 6)]
     elif m <= 256:
-        forms = [(64, 64, 4, 4), (64, 128, 4, 4), (128, 64, 4, 3), (128, 64, 4, 4), (128, 128, 8, 4), (128, 128, 4, 2)]
+        forms = [(64, 64, 4, 4), (64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 8, 4), (128, 128, 4, 3)]
+        forms += [(256, 64, 4, 4), (256, 128, 8, 3)] if m > 128 else []
     else:
-        forms = [(128, 128, 4, 2), (128, 128, 8, 5), (128, 256, 8, 3)]
-        return [Tile(*form[:2], 1, *form[2:], group) for form in forms for group in (4, 8, 16)]
+        forms = [(128, 128, 4, 3), (128, 128, 8, 5), (256, 64, 4, 3), (256, 128, 8, 3)]
+        splits = (1, 2) if m < 2048 else (1,)
+        return [Tile(*form[:2], split, *form[2:], group) for form in forms for group in (4, 8, 16) for split in splits]
     return [Tile(bm, bn, split, warps, stages) for bm, bn, warps, stages in forms for split in _splits(n, k, m, bm, bn)]
 
 

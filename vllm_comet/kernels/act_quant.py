@@ -19,6 +19,7 @@ TINY = 1e-20
 K_ALIGN = 128
 """Kernels pad the rows of codes with zeros to a multiple of this, the K block of the GEMM."""
 MAX_K = 131072
+MAX_NORM_K = 16384
 
 
 # ---------------------------------------------------------------------------------------------------------- references
@@ -217,6 +218,8 @@ def rms_norm_quantize_triton(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``rms_norm_quantize_ref`` as one kernel; codes ``[M, Kpad]``. Without a residual, h is a copy of x."""
     x, k = _rows(x), x.shape[1]
+    if k > MAX_NORM_K:
+        raise ValueError(f"K = {k} channels; rms_norm_quantize handles up to {MAX_NORM_K}. Norm and quantise apart.")
     residual = None if residual is None else _rows(residual)
     meta = _meta(k, split, low_bits, perm, x.device)
     codes, scales = new_outputs(x, k)

@@ -23,6 +23,8 @@ from vllm_comet.kernels.act_quant import pdl_supported
 from vllm_comet.kernels.tiles import Tile
 
 TILE_ROWS = 64
+PAD_ROWS = 128
+"""Rows of a packed weight are a multiple of this, so that tiles of up to as many rows need no bounds check."""
 MAX_SPLIT_TILES = 2048
 """Counters of a weight: the most output tiles that a launch with split-K may have."""
 PACK_SLICE_BYTES = 1 << 26
@@ -57,8 +59,8 @@ def w4ax_gemm_ref(
 class KernelWeight:
     """A weight ``[N, K]`` in the layout of its kernel.
 
-    packed: int32 ``[ceil(N/64), ceil(K/128), 1024]``, tiles of 64 rows × 128 channels.
-    group_scale: uint8 ``[ceil(K/128) · 128/group_size, 64·ceil(N/64)]``, or None for group_size −1.
+    packed: int32 ``[tiles, ceil(K/128), 1024]``, tiles of 64 rows × 128 channels; an even number of them.
+    group_scale: uint8 ``[ceil(K/128) · 128/group_size, 64·tiles]``, or None for group_size −1.
     counters: int32, all zero between launches; kernels with split-K count arrivals in them.
     layout: ``triton`` (a row of a tile is 64 consecutive bytes) or ``hopper`` (wgmma register order).
     """
@@ -89,7 +91,7 @@ def pack_weight(
 
     split: channels of the low activation segment, a multiple of 128 or K. layout: None chooses by the device's
     capability. Works on the tensors' device in slices of a few dozen MiB, so the peak is one layer, not one model.
-    Rows up to a multiple of 64 and channels up to one of 128 are filled with weights of value zero.
+    Rows up to a multiple of 128 and channels up to one of 128 are filled with weights of value zero.
     """
     n, k = weight_packed.shape[0], weight_packed.shape[1] * 8
     if split % BLOCK and split != k or not 0 <= split <= k:
@@ -98,9 +100,9 @@ def pack_weight(
         raise ValueError(f"group_size is {group_size}: weight_group_scale must be {'absent' if group_size == -1 else 'given'}.")
     if layout is None:
         layout = "hopper" if hopper_kernel_supported(weight_packed.device) else "triton"
-    tiles, blocks = -(-n // TILE_ROWS), num_blocks(k)
+    tiles, blocks = padded_rows(n) // TILE_ROWS, num_blocks(k)
     packed = weight_packed.new_empty(tiles, blocks, 1024)
-    step = max(1, PACK_SLICE_BYTES // (TILE_ROWS * blocks * BLOCK))
+    step = max(1, PACK_SLICE_BYTES // (PAD_ROWS * blocks * BLOCK)) * (PAD_ROWS // TILE_ROWS)
     for first in range(0, tiles, step):
         rows = weight_packed[first * TILE_ROWS : (first + step) * TILE_ROWS]
         packed[first : first + step] = _pack_tiles(rows, group_size, layout)
@@ -109,11 +111,15 @@ def pack_weight(
                         split, layout)
 
 
+def padded_rows(n: int) -> int:
+    return -(-n // PAD_ROWS) * PAD_ROWS
+
+
 def _pack_tiles(weight_packed: torch.Tensor, group_size: int, layout: str) -> torch.Tensor:
     """int32 ``[n, K/8]`` in the checkpoint's packing → int32 ``[tiles, blocks, 1024]``."""
     q = unpack_int4(weight_packed)
     n, k = q.shape
-    tiles, blocks = -(-n // TILE_ROWS), num_blocks(k)
+    tiles, blocks = padded_rows(n) // TILE_ROWS, num_blocks(k)
     q = torch.nn.functional.pad(q, (0, blocks * BLOCK - k, 0, tiles * TILE_ROWS - n), value=8)
     if group_size == -1:
         q = q ^ 8  # the nibble of q − 8 in two's complement: 16·(q − 8) is the nibble in the high half of a byte
@@ -144,7 +150,7 @@ def unpack_tiles(weight: KernelWeight) -> torch.Tensor:
 def _pack_group_scale(scale: torch.Tensor | None, n: int, k: int, group_size: int) -> torch.Tensor | None:
     if scale is None:
         return None
-    groups, rows = num_blocks(k) * BLOCK // group_size, -(-n // TILE_ROWS) * TILE_ROWS
+    groups, rows = num_blocks(k) * BLOCK // group_size, padded_rows(n)
     out = scale.new_ones(groups, rows)
     out[: scale.shape[1], :n] = scale.T
     return out

@@ -24,7 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_comet.checkpoint import BLOCK
 from vllm_comet.kernels.tiles import Tile
-from vllm_comet.kernels.w4ax_gemm import TILE_ROWS, KernelWeight, split_k
+from vllm_comet.kernels.w4ax_gemm import PAD_ROWS, TILE_ROWS, KernelWeight, split_k
 
 # Two names changed between Triton 3.6 and 3.9.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -49,6 +49,12 @@ def _words_layout(R, WARPS):
         block_bases=[],
         shape=[R, 4, 256],
     )
+
+
+@gluon.constexpr_function
+def _scale_line(R):
+    """Scales fetched for a half block: 64·R, but a bulk copy's target must be 128-byte aligned."""
+    return max(64 * R, 128)
 
 
 # ------------------------------------------------------------------------------------------------------------- unpacking
@@ -83,7 +89,7 @@ def _fetch_weights(w_desc, g_desc, w_ring, g_ring, w_full, g_full, slot, tile_n,
     """Start copying weights and group scales of ``block`` into stage ``slot``."""
     mbarrier.expect(w_full.index(slot), R * 4096, pred=pred)
     if GROUPS > 0:
-        mbarrier.expect(g_full.index(slot), GROUPS * R * 64, pred=pred)
+        mbarrier.expect(g_full.index(slot), GROUPS * _scale_line(R), pred=pred)
     tma_load(w_desc, [tile_n * R, block * 4, 0], w_full.index(slot), w_ring.index(slot), pred=pred)
     for half in gl.static_range(GROUPS):
         row = (block * GROUPS + half) * n_pad + tile_n * (64 * R)
@@ -107,10 +113,10 @@ def _dot_blocks(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, 
         g_high = words
         if GROUPS > 0:
             mbarrier.wait(g_full.index(slot), phase)
-            g_low = g_ring.index(slot * GROUPS).load(gl.SliceLayout(1, dot))
+            g_low = g_ring.index(slot * GROUPS).slice(0, 64 * R).load(gl.SliceLayout(1, dot))
             g_high = g_low
         if GROUPS > 1:
-            g_high = g_ring.index(slot * GROUPS + 1).load(gl.SliceLayout(1, dot))
+            g_high = g_ring.index(slot * GROUPS + 1).slice(0, 64 * R).load(gl.SliceLayout(1, dot))
         x = x_ring.index(slot).permute([1, 0])
         low = _unpack(words, g_low, False, GROUPS)
         mbarrier.wait(x_full.index(slot), phase)
@@ -148,12 +154,75 @@ def _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N,
     gl.store(y_ptr + offset, y, mask=gl.expand_dims(rm < M, 0) & gl.expand_dims(rn < N, 1))
 
 
+@gluon.jit
+def _load_block(w_ptr, g_ptr, words_at, scales_at, block, n_pad, pred, GROUPS: gl.constexpr):
+    """Weight words and both halves' scales of ``block``, straight into registers (``w_ptr`` at the program's rows)."""
+    words = gl.load(w_ptr + words_at + block * 1024, mask=pred, other=0, cache_modifier=".cg")
+    g_low = words
+    g_high = words
+    if GROUPS > 0:
+        g_low = gl.load(g_ptr + scales_at + (block * GROUPS) * n_pad, mask=pred, other=0).to(gl.int32)
+        g_high = g_low
+    if GROUPS > 1:
+        g_high = gl.load(g_ptr + scales_at + (block * GROUPS + 1) * n_pad, mask=pred, other=0).to(gl.int32)
+    return words, g_low, g_high
+
+
+@gluon.jit
+def _dot_blocks_direct(x_desc, x_ring, x_full, w_ptr, g_ptr, words_at, scales_at, now, ahead, first, end, blocks, block0,
+                       tile_m, n_pad, R: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
+                       GROUPS: gl.constexpr, REFILL: gl.constexpr):  # fmt: skip
+    """As ``_dot_blocks``, weights loaded two blocks ahead into registers: ``now`` and ``ahead`` are blocks ``first`` and
+    ``first + 1`` from ``_load_block``. Returns the sum and the two blocks that follow."""
+    mma: gl.constexpr = _mma_layout(BM, WARPS)
+    dot: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    words, g_low, g_high = now
+    words1, g_low1, g_high1 = ahead
+    acc = gl.zeros([64 * R, BM], gl.int32, mma)
+    for i in range(first, end):
+        slot = i % STAGES
+        fragment = _fragment(words, R, dot)
+        low = _unpack(fragment, g_low, False, GROUPS)
+        mbarrier.wait(x_full.index(slot), (i // STAGES) & 1)
+        x = x_ring.index(slot).permute([1, 0])
+        acc = warpgroup_mma(low, x.slice(0, 64, dim=0), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        high = _unpack(fragment, g_high, True, GROUPS)
+        words, g_low, g_high = words1, g_low1, g_high1
+        words1, g_low1, g_high1 = _load_block(w_ptr, g_ptr, words_at, scales_at, block0 + i + 2, n_pad, i + 2 < blocks,
+                                              GROUPS)
+        if REFILL:
+            cta_barrier()
+            refill = (i >= 1) & (i - 1 + STAGES < blocks)
+            free, block = (i + STAGES - 1) % STAGES, block0 + i - 1 + STAGES
+            mbarrier.expect(x_full.index(free), BM * 128, pred=refill)
+            tma_load(x_desc, [tile_m * BM, block * 128], x_full.index(free), x_ring.index(free), pred=refill)
+        acc = warpgroup_mma(high, x.slice(64, 64, dim=0), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+    return warpgroup_mma_wait(0, deps=[acc]), (words, g_low, g_high), (words1, g_low1, g_high1)
+
+
 # ---------------------------------------------------------------------------------------------------------------- kernel
+@gluon.jit
+def _add_slots(total, slots, cell, first, end, skip, SPLIT: gl.constexpr):
+    """``total`` plus the sums in slots ``first .. end`` except ``skip``."""
+    for slot in gl.static_range(SPLIT):
+        wanted = (slot >= first) & (slot < end) & (slot != skip)
+        at = slots + slot * (total.shape[0] * total.shape[1]) + cell
+        if total.numel <= 64 * 16:  # few registers: all loads at once
+            total += gl.load(at, mask=(cell >= 0) & wanted, other=0, cache_modifier=".cg")
+        else:
+            if wanted:
+                total += gl.load(at, cache_modifier=".cg")
+    return total
+
+
 @gluon.jit(do_not_specialize=["M", "blocks_k", "low_blocks"])
-def _w4ax_kernel(x_desc, w_desc, g_desc, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, n_pad, blocks_k,
+def _w4ax_kernel(x_desc, w, g, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, n_pad, blocks_k,
                  low_blocks, R: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr, GROUP_N: gl.constexpr,
                  WARPS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REFILL: gl.constexpr,
-                 TWO: gl.constexpr, STASH: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+                 DIRECT: gl.constexpr, TWO: gl.constexpr, STASH: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+    """``w`` and ``g`` are tensor maps, or pointers if DIRECT."""
     BN: gl.constexpr = 64 * R
     mma: gl.constexpr = _mma_layout(BM, WARPS)
     tile, piece = gl.program_id(0), gl.program_id(1)
@@ -168,37 +237,61 @@ def _w4ax_kernel(x_desc, w_desc, g_desc, as_ptr, c_ptr, bias_ptr, y_ptr, partial
     middle = gl.minimum(gl.maximum(low_blocks - block0, 0), blocks)
 
     x_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, 128], x_desc.layout)
-    w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, R, 4, 256], w_desc.layout)
     x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    w_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    g_ring, g_full = w_ring, w_full
-    if GROUPS > 0:
-        g_ring = gl.allocate_shared_memory(gl.uint8, [STAGES * GROUPS, BN], g_desc.layout)
-        g_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(x_full.index(slot), count=1)
-        mbarrier.init(w_full.index(slot), count=1)
+    if DIRECT:
+        layout: gl.constexpr = _words_layout(R, WARPS)
+        row = gl.arange(0, R, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
+        quarter = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
+        word = gl.arange(0, 256, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
+        words_at = row[:, None, None] * (blocks_k * 1024) + quarter[None, :, None] * 256 + word[None, None, :]
+        w += (tile_n * R).to(gl.int64) * (blocks_k * 1024)
+        scales_at = w
         if GROUPS > 0:
-            mbarrier.init(g_full.index(slot), count=1)
-    for slot in gl.static_range(STAGES):
-        mbarrier.expect(x_full.index(slot), BM * 128, pred=slot < blocks)
-        _fetch_weights(w_desc, g_desc, w_ring, g_ring, w_full, g_full, slot, tile_n, block0 + slot, n_pad,
-                       slot < blocks, R, GROUPS)
+            scales_at = gl.arange(0, BN, layout=gl.SliceLayout(1, gl.DotOperandLayout(0, mma, 4)))
+            g += tile_n * BN
+        now = _load_block(w, g, words_at, scales_at, block0, n_pad, True, GROUPS)
+        ahead = _load_block(w, g, words_at, scales_at, block0 + 1, n_pad, blocks > 1, GROUPS)
+    else:
+        w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, R, 4, 256], w.layout)
+        w_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        g_ring, g_full = w_ring, w_full
+        if GROUPS > 0:
+            g_ring = gl.allocate_shared_memory(gl.uint8, [STAGES * GROUPS, _scale_line(R)], g.layout)
+            g_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for slot in gl.static_range(STAGES):
+            mbarrier.init(w_full.index(slot), count=1)
+            if GROUPS > 0:
+                mbarrier.init(g_full.index(slot), count=1)
+        for slot in gl.static_range(STAGES):
+            _fetch_weights(w, g, w_ring, g_ring, w_full, g_full, slot, tile_n, block0 + slot, n_pad, slot < blocks, R,
+                           GROUPS)
     gdc_launch_dependents()
     gdc_wait()
     for slot in gl.static_range(STAGES):
+        mbarrier.expect(x_full.index(slot), BM * 128, pred=slot < blocks)
         tma_load(x_desc, [tile_m * BM, (block0 + slot) * 128], x_full.index(slot), x_ring.index(slot),
                  pred=slot < blocks)
 
-    low = _dot_blocks(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, g_full, 0, middle, blocks,
-                      block0, tile_m, tile_n, n_pad, R, BM, WARPS, STAGES, GROUPS, REFILL)
+    if DIRECT:
+        low, now, ahead = _dot_blocks_direct(x_desc, x_ring, x_full, w, g, words_at, scales_at, now, ahead, 0, middle,
+                                             blocks, block0, tile_m, n_pad, R, BM, WARPS, STAGES, GROUPS, REFILL)
+    else:
+        low = _dot_blocks(x_desc, w, g, x_ring, w_ring, g_ring, x_full, w_full, g_full, 0, middle, blocks, block0,
+                          tile_m, tile_n, n_pad, R, BM, WARPS, STAGES, GROUPS, REFILL)
     high = low
     if TWO:
         if STASH:  # two accumulators don't fit in the registers: the first waits in shared memory
             swizzle: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=1, max_phase=8, order=[1, 0])
             stash = gl.allocate_shared_memory(gl.int32, [BN, BM], swizzle, value=low)
-        high = _dot_blocks(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, g_full, middle, blocks,
-                           blocks, block0, tile_m, tile_n, n_pad, R, BM, WARPS, STAGES, GROUPS, REFILL)
+        if DIRECT:
+            high, now, ahead = _dot_blocks_direct(x_desc, x_ring, x_full, w, g, words_at, scales_at, now, ahead, middle,
+                                                  blocks, blocks, block0, tile_m, n_pad, R, BM, WARPS, STAGES, GROUPS,
+                                                  REFILL)
+        else:
+            high = _dot_blocks(x_desc, w, g, x_ring, w_ring, g_ring, x_full, w_full, g_full, middle, blocks, blocks,
+                               block0, tile_m, tile_n, n_pad, R, BM, WARPS, STAGES, GROUPS, REFILL)
         if STASH:
             low = stash.load(mma)
 
@@ -221,51 +314,56 @@ def _w4ax_kernel(x_desc, w_desc, g_desc, as_ptr, c_ptr, bias_ptr, y_ptr, partial
         if arrived == SPLIT - 1:
             gl.store(counter_ptr + tile, 0)
             low_end = gl.cdiv(low_blocks, per_piece)
-            low = gl.zeros([BN, BM], gl.int32, mma)
-            high = gl.zeros([BN, BM], gl.int32, mma)
-            for slot in gl.static_range(SPLIT):  # slots that nothing wrote are read and dropped
-                part = gl.load(slots + slot * (BN * BM) + cell, cache_modifier=".cg")
-                low += gl.where(slot < low_end, part, 0)
+            # its own sums are still in registers
+            low = _add_slots(low, slots, cell, 0, low_end, piece, SPLIT)
             if TWO:
-                high_first = low_blocks // per_piece + 1
-                for slot in gl.static_range(1, SPLIT + 1):
-                    part = gl.load(slots + slot * (BN * BM) + cell, cache_modifier=".cg")
-                    high += gl.where(slot >= high_first, part, 0)
+                high = _add_slots(high, slots + BN * BM, cell, low_blocks // per_piece, SPLIT, piece, SPLIT)
             _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, BM, WARPS, TWO, BIAS)
 
 
 # -------------------------------------------------------------------------------------------------------------- launcher
 SHARED_MEMORY = 232448  # bytes a program may use on Hopper
+DIRECT_MIN_M = 128  # tiles of this many tokens load weights straight into registers
 
 
 def constants(tile: Tile, blocks: int, split: int, group_size: int, two: bool) -> dict[str, int | bool]:
-    """The kernel's compile-time parameters for ``tile``; raises ValueError if they don't fit in shared memory."""
+    """The kernel's compile-time parameters for ``tile``; raises ValueError if they don't fit in shared memory.
+
+    Large tiles load weights straight into registers: through shared memory they would compete with the activations
+    that wgmma reads there. Small ones keep as many weights in flight as shared memory holds.
+    """
     r, groups = tile.block_n // TILE_ROWS, 0 if group_size == -1 else BLOCK // group_size
     per_piece = -(-blocks // split)
-    stash = two and split == 1 and tile.block_n * tile.block_m >= 128 * 32 * tile.warps
+    direct = tile.block_m >= DIRECT_MIN_M
+    if direct and tile.block_n > PAD_ROWS:
+        raise ValueError(f"{tile}: block_n is at most {PAD_ROWS} for tiles of {DIRECT_MIN_M} tokens or more.")
+    stash = two and tile.block_n * tile.block_m >= 128 * 32 * tile.warps
     stages = min(tile.stages, per_piece)
-    stage_bytes = r * 4096 + groups * r * 64 + tile.block_m * 128 + 24
+    stage_bytes = tile.block_m * 128 + 8 + (0 if direct else r * 4096 + groups * max(64 * r, 128) + 16)
     used = stages * stage_bytes + (4 * tile.block_n * tile.block_m if stash else 0)
     if used > SHARED_MEMORY:
         raise ValueError(f"{tile} needs {used} bytes of shared memory; Hopper has {SHARED_MEMORY}. Use fewer stages.")
     return dict(R=r, BM=tile.block_m, SPLIT=split, GROUP_N=tile.group_n, WARPS=tile.warps, STAGES=stages, GROUPS=groups,
-                REFILL=per_piece > stages, TWO=two, STASH=stash)
+                REFILL=per_piece > stages, DIRECT=direct, TWO=two, STASH=stash)
 
 
-def descriptors(
-    codes: torch.Tensor, weight: KernelWeight, tile: Tile
-) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor | None]:
-    """Tensor maps of activations ``[M, Kpad]``, weights ``[tiles, 4·blocks, 256]`` and scales (flat)."""
+def operands(
+    codes: torch.Tensor, weight: KernelWeight, tile: Tile, direct: bool
+) -> tuple[TensorDescriptor, TensorDescriptor | torch.Tensor, TensorDescriptor | torch.Tensor | None]:
+    """Tensor maps of activations ``[M, Kpad]``, weights ``[tiles, 4·blocks, 256]`` and scales (flat), or the tensors."""
     packed, r = weight.packed, tile.block_n // TILE_ROWS
     blocks = packed.shape[1]
     swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     x_desc = TensorDescriptor(codes, list(codes.shape), [codes.stride(0), 1], [tile.block_m, BLOCK], swizzled)
+    if direct:
+        return x_desc, packed, weight.group_scale
     plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
     w_desc = TensorDescriptor(packed, [packed.shape[0], blocks * 4, 256], [blocks * 1024, 256, 1], [r, 4, 256], plain)
     if weight.group_scale is None:
         return x_desc, w_desc, None
     line = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=1)
-    return x_desc, w_desc, TensorDescriptor(weight.group_scale, [weight.group_scale.numel()], [1], [tile.block_n], line)
+    scales = weight.group_scale
+    return x_desc, w_desc, TensorDescriptor(scales, [scales.numel()], [1], [max(tile.block_n, 128)], line)
 
 
 def w4ax_gemm_hopper(
@@ -288,7 +386,7 @@ def w4ax_gemm_hopper(
     partial = torch.empty(cells, dtype=torch.int32, device=codes.device)
     parameters = constants(tile, blocks, split, weight.group_size, weight.split < weight.k)
     _w4ax_kernel[(tiles, split)](
-        *descriptors(codes, weight, tile), act_scales, weight_scale, bias, y, partial, weight.counters, m, weight.n,
-        weight.packed.shape[0] * TILE_ROWS, blocks, -(-weight.split // BLOCK), **parameters, BIAS=bias is not None,
-        num_warps=tile.warps, enable_fp_fusion=False, launch_pdl=True)  # fmt: skip
+        *operands(codes, weight, tile, parameters["DIRECT"]), act_scales, weight_scale, bias, y, partial,
+        weight.counters, m, weight.n, weight.packed.shape[0] * TILE_ROWS, blocks, -(-weight.split // BLOCK),
+        **parameters, BIAS=bias is not None, num_warps=tile.warps, enable_fp_fusion=False, launch_pdl=True)  # fmt: skip
     return y
