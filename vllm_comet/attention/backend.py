@@ -10,13 +10,14 @@ same values.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionMetadata,
     AttentionMetadataBuilder,
@@ -24,10 +25,11 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_comet.kernels import kv4_cache, kv4_cpu
+from vllm_comet.kernels import kv4_cache, kv4_cpu, kv4_decode, kv4_prefill
 
 BLOCK_SIZE_MULTIPLE = 16
 
@@ -88,21 +90,40 @@ def backend_for(group_size: int) -> type[CometAttentionBackend]:
 
 @dataclass
 class CometAttentionMetadata(AttentionMetadata):
-    """One batch: R requests, T tokens; request r owns query rows ``query_start_loc[r] .. query_start_loc[r+1]``."""
+    """One batch: R requests, T tokens; request r owns query rows ``query_start_loc[r] .. query_start_loc[r+1]``.
+
+    The first ``num_decodes`` requests have one query token each.
+    """
 
     num_actual_tokens: int
+    num_decodes: int
     max_query_len: int
-    max_seq_len: int
     query_start_loc: torch.Tensor  # int32 [R + 1]
     seq_lens: torch.Tensor  # int32 [R], tokens in the cache including this step's
     block_table: torch.Tensor  # int32 [R, P]
+    prefill_start_loc: torch.Tensor | None = None  # int32, query_start_loc of the others, from 0; GPU only
+    scratch: dict[int | None, kv4_decode.DecodeScratch] = field(default_factory=dict)  # by sliding window; GPU only
 
 
 class CometMetadataBuilder(AttentionMetadataBuilder[CometAttentionMetadata]):
+    """Splits a batch in decodes and prefills, which vLLM puts in that order, and plans the decodes on the GPU."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1)
+        self.head_dim = kv_cache_spec.head_size
+        self.scratch: dict[int | None, kv4_decode.DecodeScratch] = {}
+        if device.type == "cuda":
+            layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
+            requests = vllm_config.scheduler_config.max_num_seqs
+            for layer in layers:
+                if layer.sliding_window not in self.scratch:
+                    self.scratch[layer.sliding_window] = kv4_decode.make_scratch(
+                        requests, layer.num_heads, layer.num_kv_heads, self.head_dim, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -110,13 +131,19 @@ class CometMetadataBuilder(AttentionMetadataBuilder[CometAttentionMetadata]):
         common = common_attn_metadata
         if common.causal is not True:
             raise ValueError("COMET attention is causal only; serve this model with --kv-cache-dtype bfloat16.")
+        decodes, prefills, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
+        for window, scratch in self.scratch.items() if decodes else ():
+            kv4_decode.plan(common.seq_lens[:decodes], window, self.head_dim, scratch)
+        starts = common.query_start_loc
         return CometAttentionMetadata(
             num_actual_tokens=common.num_actual_tokens,
+            num_decodes=decodes,
             max_query_len=common.max_query_len,
-            max_seq_len=common.max_seq_len,
-            query_start_loc=common.query_start_loc,
+            query_start_loc=starts,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
+            prefill_start_loc=starts[decodes:] - decodes if self.scratch and prefills else None,
+            scratch=self.scratch,
         )
 
 
@@ -164,7 +191,8 @@ class CometAttentionImpl(AttentionImpl[CometAttentionMetadata]):
     ) -> None:
         """Quantise this step's K and V ``[T, H, D]`` into the pages; slots are −1 where the batch is padded."""
         tokens = slot_mapping.shape[0]
-        kv4_cache.store_kv_ref(key[:tokens], value[:tokens], kv_cache, slot_mapping, self.group_size)
+        store = kv4_cache.store_kv if kv_cache.is_cuda else kv4_cache.store_kv_ref
+        store(key[:tokens], value[:tokens], kv_cache, slot_mapping, self.group_size)
 
     def forward(
         self,
@@ -182,8 +210,23 @@ class CometAttentionImpl(AttentionImpl[CometAttentionMetadata]):
         if attn_metadata is None:  # vLLM's profiling run
             return output.fill_(0)
         tokens = attn_metadata.num_actual_tokens
-        kv4_cpu.attention(
-            query[:tokens], kv_cache, attn_metadata.block_table, attn_metadata.query_start_loc,
-            attn_metadata.seq_lens, self.group_size, self.scale, self.sliding_window, output[:tokens],
-        )
+        if kv_cache.is_cuda:
+            self._forward_gpu(query[:tokens], kv_cache, attn_metadata, output[:tokens])
+        else:
+            kv4_cpu.attention(
+                query[:tokens], kv_cache, attn_metadata.block_table, attn_metadata.query_start_loc,
+                attn_metadata.seq_lens, self.group_size, self.scale, self.sliding_window, output[:tokens])
         return output
+
+    def _forward_gpu(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, batch: CometAttentionMetadata, output: torch.Tensor
+    ) -> None:
+        n, window = batch.num_decodes, self.sliding_window
+        if n:
+            kv4_decode.decode(
+                query[:n], kv_cache, batch.block_table[:n], batch.seq_lens[:n], self.group_size, self.scale, window,
+                output[:n], batch.scratch[window])
+        if batch.prefill_start_loc is not None:
+            kv4_prefill.prefill(
+                query[n:], kv_cache, batch.block_table[n:], batch.prefill_start_loc, batch.seq_lens[n:],
+                batch.max_query_len, self.group_size, self.scale, window, output[n:])
