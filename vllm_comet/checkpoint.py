@@ -254,6 +254,20 @@ def save_shard(tensors: dict[str, torch.Tensor], path: Path) -> None:
     checksums = {name: tensor_crc32(tensor) for name, tensor in tensors.items()}
     metadata = {"format": "pt", CHECKSUM_KEY: json.dumps(checksums, sort_keys=True)}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Order the metadata of a safetensors file, which the library writes at random: equal tensors make equal bytes."""
+    with path.open("r+b") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        header = json.loads(handle.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        data = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(data) > length:
+            raise CheckpointError(f"{path}: the header written by safetensors can't be put in order.")
+        handle.seek(8)
+        handle.write(data.ljust(length))
 
 
 def verify_checkpoint(directory: Path | str, contents: bool = True) -> CheckpointSummary:
