@@ -18,7 +18,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("model", help="Hugging Face folder, hub id, or .gguf file")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--data", type=Path, help="calibration text, .txt or .jsonl (default: the text shipped here)")
-    parser.add_argument("--samples", type=_positive, help="number of samples (default: what the text gives, at most 128)")
+    parser.add_argument("--samples", type=_positive, help="how many (default: what the text gives, at most 128)")
     parser.add_argument("--length", type=_positive, default=1024, help="tokens of a sample")
     parser.add_argument("--seed", type=int, default=0, help="draws the samples")
     parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64, help="channels of a weight scale")

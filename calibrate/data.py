@@ -67,7 +67,7 @@ def token_windows(
     available = ids.numel() // body
     wanted = min(most, available) if samples is None else samples
     if available < max(wanted, 1):
-        raise CalibrationError(f"the calibration text has {ids.numel()} tokens: {available} samples of {length} tokens, "
+        raise CalibrationError(f"the calibration text has {ids.numel()} tokens: {available} samples of {length}, "
                                f"{max(wanted, 1)} wanted. Give more text, or lower --samples or --length.")
     windows = ids[: available * body].view(available, body)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))[:wanted]

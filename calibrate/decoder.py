@@ -2,8 +2,9 @@
 """One decoder layer in stages, so that each linear sees its input as the already quantised ones before it produce it.
 
 The maths is Hugging Face's (its norm, rotary and activation modules are used as they are); only the order of calls is
-spelled out here, because the library's ``forward`` can't be stopped between two linears. Every layer holds floats on
-one device; activations are ``[B, T, channels]``.
+spelled out here, because the library's ``forward`` can't be stopped between two linears. Weights and the residual
+stream ("hidden") are float32; what passes through the linears has the builder's ``dtype``. Activations are
+``[B, T, channels]``.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ def round_trip_kv(x: torch.Tensor, group_size: int) -> torch.Tensor:
 class DecoderBuilder:
     """Makes decoder layers of a config without allocating the model."""
 
-    def __init__(self, config: PretrainedConfig, family: Family, device: torch.device):
+    def __init__(self, config: PretrainedConfig, family: Family, device: torch.device, dtype: torch.dtype):
         config = copy.deepcopy(config)
         config._attn_implementation = "sdpa"
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config).model
-        self.config, self.family, self.device = config, family, device
+        self.config, self.family, self.device, self.dtype = config, family, device, dtype
         self._layer_class = type(model.layers[0])
         self._rotary = type(model.rotary_emb)(config).to(device)
 
@@ -40,7 +41,7 @@ class DecoderBuilder:
         """Layer ``index`` from all of its float tensors, names relative to the layer."""
         with torch.device("meta"):
             module = self._layer_class(self.config, index)
-        state = {name: tensor.to(self.device, torch.float32) for name, tensor in tensors.items()}
+        state = {name: tensor.to(self.device, torch.float32, copy=True) for name, tensor in tensors.items()}
         module.load_state_dict(state, strict=True, assign=True)
         return DecoderLayer(module.eval().requires_grad_(False), self, index)
 
@@ -69,24 +70,25 @@ class DecoderLayer:
     def linear(self, name: str) -> torch.nn.Linear:
         return self.module.get_submodule(name)
 
+    def _apply(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        linear = self.linear(name)
+        bias = None if linear.bias is None else linear.bias.to(x.dtype)
+        return F.linear(x, linear.weight.to(x.dtype), bias)
+
     def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.module.input_layernorm(hidden)
+        return self.module.input_layernorm(hidden).to(self.builder.dtype)
 
     def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k (after RoPE) and v, ``[B, heads, T, head_dim]``."""
         shape = (*x.shape[:2], -1, self.dims.head_dim)
-        q, k, v = (self.linear(f"self_attn.{n}_proj")(x).view(shape) for n in "qkv")
+        q, k, v = (self._apply(f"self_attn.{n}_proj", x).view(shape) for n in "qkv")
         if self.family.qk_norm:
-            q, k = self.attn.q_norm(q), self.attn.k_norm(k)
+            q, k = self.attn.q_norm(q).to(x.dtype), self.attn.k_norm(k).to(x.dtype)
         q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *self.builder.rotary(x, self.index))
         return q, k, v.transpose(1, 2)
 
-    def attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_group_size: int | None = None
-    ) -> torch.Tensor:
-        """The input of o_proj ``[B, T, heads · head_dim]``; with ``kv_group_size`` over the 4-bit K and V."""
-        if kv_group_size is not None:
-            k, v = round_trip_kv(k, kv_group_size), round_trip_kv(v, kv_group_size)
+    def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """The input of o_proj ``[B, T, heads · head_dim]``."""
         length = q.shape[2]
         mask = None
         if self.window is not None and length > self.window:
@@ -97,22 +99,22 @@ class DecoderLayer:
         return out.transpose(1, 2).flatten(2)
 
     def add_attention(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        out = self.attn.o_proj(attended)
+        out = self._apply("self_attn.o_proj", attended).to(torch.float32)
         return hidden + (self.module.post_attention_layernorm(out) if self.family.sandwich_norm else out)
 
     def mlp_input(self, hidden: torch.Tensor) -> torch.Tensor:
         norm = "pre_feedforward_layernorm" if self.family.sandwich_norm else "post_attention_layernorm"
-        return self.module.get_submodule(norm)(hidden)
+        return self.module.get_submodule(norm)(hidden).to(self.builder.dtype)
 
     def mlp_hidden(self, x: torch.Tensor) -> torch.Tensor:
         """The input of down_proj."""
-        return self.mlp.act_fn(self.mlp.gate_proj(x)) * self.mlp.up_proj(x)
+        return self.mlp.act_fn(self._apply("mlp.gate_proj", x)) * self._apply("mlp.up_proj", x)
 
     def add_mlp(self, hidden: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
-        out = self.mlp.down_proj(activated)
+        out = self._apply("mlp.down_proj", activated).to(torch.float32)
         return hidden + (self.module.post_feedforward_layernorm(out) if self.family.sandwich_norm else out)
 
-    def forward(self, hidden: torch.Tensor, kv_group_size: int | None = None) -> torch.Tensor:
-        attended = self.attention(*self.qkv(self.attention_input(hidden)), kv_group_size)
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        attended = self.attention(*self.qkv(self.attention_input(hidden)))
         hidden = self.add_attention(hidden, attended)
         return self.add_mlp(hidden, self.mlp_hidden(self.mlp_input(hidden)))

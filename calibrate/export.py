@@ -22,7 +22,7 @@ _RUN = "run.json"
 
 
 class Workspace:
-    """``OUT.partial``: finished layers of a run that may be resumed, and later the checkpoint before it gets its name."""
+    """``OUT.partial``: finished layers of a run that may be resumed, later the checkpoint before it gets its name."""
 
     def __init__(self, out: Path, run: dict[str, Any], resume: bool):
         self.out, self.partial = out, out.with_name(out.name + ".partial")
@@ -33,8 +33,8 @@ class Workspace:
             self.layers.mkdir(parents=True)
             _write_json(self.partial / _RUN, run)
         elif not resume:
-            raise CalibrationError(f"{self.partial} is left from an interrupted run; continue it with --resume or remove "
-                                   "it.")
+            raise CalibrationError(f"{self.partial} is left from an interrupted run; continue it with --resume or "
+                                   "remove it.")
         else:
             self._check_same_run(run)
 

@@ -40,7 +40,7 @@ def int8_channels(k: int, slices: int, int8_blocks: int) -> int:
 def error_curve(rows: torch.Tensor, weight: torch.Tensor, slices: int) -> list[float]:
     """Relative squared output error for 0, 1, 2 … INT8 blocks a slice.
 
-    rows: float32 ``[R, K]`` tokens in stored order; weight: float32 ``[N, K]`` in stored order, all readers of the input.
+    rows: float32 ``[R, K]`` tokens; weight: float32 ``[N, K]``, all readers of the input; both in stored order.
     """
     k = rows.shape[1]
     exact = float((rows @ weight.T).square().sum().clamp_min(1e-30))
@@ -71,24 +71,28 @@ def round_trip_activation(rows: torch.Tensor, bits: torch.Tensor, low_bits: int 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One activation in the budget: its width, slices, error by number of INT8 blocks, and ``weight`` in the total."""
+    """One activation in the budget: width, linears that read it, slices, and error by number of INT8 blocks a slice."""
 
-    name: str
     k: int
+    readers: int
     slices: int
     curve: tuple[float, ...]
+
+    def channels(self, int8_blocks: int) -> int:
+        """INT8 input channels, counted once for each reader."""
+        return self.readers * int8_channels(self.k, self.slices, int8_blocks)
 
 
 def allocate(candidates: list[Candidate], share: float) -> list[int]:
     """INT8 blocks a slice for each candidate: greedily where a channel lowers the error most, mean share ≤ ``share``.
 
-    The mean is over all channels of all candidates. A step may take several blocks at once, because an outlier that is
-    split over two blocks pays only when both are INT8.
+    The mean is over the input channels of all linears. A step may take several blocks at once, because outliers
+    that fill two blocks pay only when both are INT8.
     """
-    budget = share * sum(c.k for c in candidates)
+    budget = share * sum(c.readers * c.k for c in candidates)
     chosen, spent = [0] * len(candidates), 0
     while True:
-        steps = [step for i, c in enumerate(candidates) for step in _steps(i, c, chosen[i]) if step[1] <= budget - spent]
+        steps = [s for i, c in enumerate(candidates) for s in _steps(i, c, chosen[i]) if s[1] <= budget - spent]
         if not steps:
             return chosen
         gain, cost, index, count = max(steps, key=lambda s: (s[0] / s[1], -s[2], -s[3]))
@@ -97,11 +101,10 @@ def allocate(candidates: list[Candidate], share: float) -> list[int]:
 
 def _steps(index: int, candidate: Candidate, current: int) -> list[tuple[float, int, int, int]]:
     """(error saved, channels paid, index, new count) of every larger count that saves something."""
-    paid = int8_channels(candidate.k, candidate.slices, current)
     steps = []
     for count in range(current + 1, len(candidate.curve)):
         gain = candidate.curve[current] - candidate.curve[count]
-        cost = int8_channels(candidate.k, candidate.slices, count) - paid
+        cost = candidate.channels(count) - candidate.channels(current)
         if gain > 0 and cost > 0:
             steps.append((gain, cost, index, count))
     return steps

@@ -62,20 +62,22 @@ def _inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.T
     return factor
 
 
-def corrected_target(
-    weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor, drift: torch.Tensor | None, damping: float,
-) -> torch.Tensor:
-    """The float weight that best gives, from the quantised model's inputs x, the output of the unquantised model.
+def corrected_targets(
+    weights: list[torch.Tensor], hessian: torch.Tensor, cross: torch.Tensor, drift: torch.Tensor | None, damping: float,
+) -> list[torch.Tensor]:
+    """The float weights that best give, from the quantised model's inputs x, the output of the unquantised model.
 
     Least squares of ``‖W x̃ + (h̃ − h) − W* x‖²``: ``W* = W + (W (E[x̃ xᵀ] − H) + E[(h̃ − h) xᵀ]) (H + λI)⁻¹``. Rounding W*
     instead of W undoes part of the error of all earlier layers (asymmetric calibration, GPTAQ, Li et al. 2025, here
     as one exact solve; the residual term extends it to what the layer's output is added to).
     """
+    weight = torch.cat(weights)
     error = weight @ (cross - hessian)
     if drift is not None:
         error = error + drift
     damped = hessian + torch.eye(hessian.shape[0], device=hessian.device) * (damping * hessian.diagonal().mean())
-    return weight + torch.linalg.solve(damped, error.T).T
+    target = weight + torch.linalg.solve(damped, error.T).T
+    return list(target.split([w.shape[0] for w in weights]))
 
 
 def hessian_error(difference: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -14,7 +14,7 @@ LOW, HIGH = -8, 7
 _STEP = 0.05
 """Spacing of trial scales, relative."""
 _SHRINK, _GROW = -16, 6
-"""Trial scales of a group: (1 + _STEP)**i times the one that just reaches its largest weight, i from _SHRINK to _GROW."""
+"""Trial scales of a group: (1 + _STEP)**i times the one that reaches its largest weight, i from _SHRINK to _GROW."""
 _ROW_TRIALS = 48
 
 
@@ -40,6 +40,10 @@ class QuantizedLinear:
     grid: Grid
     codes: torch.Tensor  # uint8 [N, K], 0..15
     perm: torch.Tensor | None = None
+
+    def dequantize(self) -> torch.Tensor:
+        """Float32 ``[N, K]`` in stored order."""
+        return (self.codes.to(torch.float32) + LOW) * self.grid.steps(self.codes.shape[1])
 
     def permute_rows(self, order: torch.Tensor) -> QuantizedLinear:
         """The same linear with its output channels in ``order``."""
@@ -76,9 +80,9 @@ def round_to_grid(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
 def search_grid(weight: torch.Tensor, importance: torch.Tensor, group_size: int) -> Grid:
     """Scales that minimise ``Σ_k importance[k] · (W − Ŵ)²[n, k]`` under round-to-nearest, row by row.
 
-    weight: float32 ``[N, K]`` in stored order; importance: float32 ``[K]``, the Hessian's diagonal. Each group's error is
-    tabulated over trial scales around the one that covers its range (both signs reach it differently: −8..7); then each
-    row takes the c whose multiples c·1 … c·16 serve its groups best.
+    weight: float32 ``[N, K]`` in stored order; importance: float32 ``[K]``, the Hessian's diagonal. Each group's error
+    is tabulated over trial scales around the one that covers its range (each sign has its own limit, −8 or 7); then
+    each row takes the c whose multiples c·1 … c·16 serve its groups best.
     """
     n, k = weight.shape
     width = k if group_size == -1 else group_size
@@ -118,7 +122,7 @@ def _fit_row_scale(cover: torch.Tensor, errors: torch.Tensor, group_size: int) -
 
 
 def _lookup(errors: torch.Tensor, ratio: torch.Tensor) -> torch.Tensor:
-    """Error at scale ``ratio · cover`` ``[N, G, 16]``, from the nearest trial; outside the table it grows with distance."""
+    """Error at scale ``ratio · cover`` ``[N, G, 16]``: the nearest trial's; beyond the table it grows with distance."""
     position = ratio.log() / torch.tensor(1 + _STEP).log() - _SHRINK
     nearest = position.round().clamp(0, errors.shape[0] - 1)
     value = errors.permute(1, 2, 0).gather(-1, nearest.to(torch.int64))

@@ -16,7 +16,7 @@ import torch
 
 from calibrate.decoder import DecoderLayer, round_trip_kv
 
-_SAMPLES, _QUERIES = 4, 128
+_SAMPLES, _QUERIES = 2, 64
 """Sequences, and queries of each, on which a factor is judged."""
 _K_EXPONENTS = tuple(i / 10 for i in range(11))
 _Q_EXPONENTS = (0.0, 0.25, 0.5)
@@ -28,7 +28,7 @@ def smooth_k(layer: DecoderLayer, x: torch.Tensor, kv_group_size: int) -> float:
 
     Returns the error of the attention output with it over the error without.
     """
-    q, k, v = layer.qkv(x[:_SAMPLES])
+    q, k, v = (t.to(torch.float32) for t in layer.qkv(x[:_SAMPLES]))
     error = _error_function(layer, q, k, v, kv_group_size)
     shared = layer.family.qk_norm  # the norms' weights are common to all heads
     plain = torch.ones(k.shape[1], k.shape[3] // 2, device=k.device)

@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
 from calibrate.decoder import DecoderBuilder, DecoderLayer
 from calibrate.fmpq import error_curve, outlier_last
-from calibrate.gptq import corrected_target, gptq, hessian_error
+from calibrate.gptq import corrected_targets, gptq, hessian_error
 from calibrate.grid import QuantizedLinear, search_grid
 from calibrate.kv_smooth import smooth_k
 from calibrate.models import DOWN, GATE_UP, OUT, QKV, LinearInput
@@ -34,7 +34,8 @@ class LayerCalibrator:
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Stored tensors of layer ``index`` (names relative to it, without act_bits) and its report.
 
-        tensors: the layer's weights as loaded. chunks: its input, ``[B, T, hidden]`` float32; left as they are.
+        tensors: the layer's weights as loaded. chunks: its input ``[B, T, hidden]`` float32 in the quantised model,
+        left as it is. references: the same in the unquantised model, replaced by that layer's output.
         """
         layer, exact = self.builder.build(index, tensors), self.builder.build(index, tensors)
         job = _LayerJob(self, layer, index, sum(c.shape[0] * c.shape[1] for c in chunks))
@@ -42,14 +43,20 @@ class LayerCalibrator:
         if self.kv_group_size is not None:
             job.report["kv_smoothing"] = smooth_k(layer, layer.attention_input(chunks[0]), self.kv_group_size)
         job.quantize(QKV, ((layer.attention_input(h), exact.attention_input(r)) for h, r in both))
-        attended = [(layer.attention(*layer.qkv(layer.attention_input(h)), self.kv_group_size),
+        attended = [(layer.attention(*layer.qkv(layer.attention_input(h))),
                      exact.attention(*exact.qkv(exact.attention_input(r)))) for h, r in both]
         job.quantize(OUT, ((a, ra, self._drift(h, r)) for (a, ra), (h, r) in zip(attended, both, strict=True)))
         both = [(layer.add_attention(h, a), exact.add_attention(r, ra))
                 for (a, ra), (h, r) in zip(attended, both, strict=True)]
         job.quantize(GATE_UP, ((layer.mlp_input(h), exact.mlp_input(r)) for h, r in both))
-        job.quantize(DOWN, ((layer.mlp_hidden(layer.mlp_input(h)), exact.mlp_hidden(exact.mlp_input(r)),
-                             self._drift(h, r)) for h, r in both))
+
+        def down_inputs() -> Iterator[tuple]:
+            for i, (h, r) in enumerate(both):
+                exact_input = exact.mlp_hidden(exact.mlp_input(r))
+                references[i] = exact.add_mlp(r, exact_input)
+                yield layer.mlp_hidden(layer.mlp_input(h)), exact_input, self._drift(h, r)
+
+        job.quantize(DOWN, down_inputs())
         return job.stored_tensors(), job.report
 
 
@@ -79,17 +86,16 @@ class _LayerJob:
         cross = stats.cross[perm][:, perm]
         drift = None if stats.drift is None else stats.drift[:, perm]
         errors, weights = {}, []
-        for member in linear_input.members:
-            linear = self.layer.linear(member)
-            weight = linear.weight[:, perm]
-            weight = corrected_target(weight, hessian, cross, drift, CORR)
+        floats = [self.layer.linear(member).weight[:, perm] for member in linear_input.members]
+        targets = corrected_targets(floats, hessian, cross, drift, CORR)
+        for member, weight in zip(linear_input.members, targets, strict=True):
             quantized = self._quantize_weight(weight, hessian, f"model.layers.{self.index}.{member}")
             quantized.perm = perm
             self.done[member] = quantized
-            stored = (quantized.codes.to(torch.float32) - 8) * quantized.grid.steps(k)
+            stored = quantized.dequantize()
             power = hessian_error(weight, hessian)
             errors[member] = hessian_error(stored - weight, hessian) / max(power, 1e-30)
-            linear.weight[:, perm] = stored
+            self.layer.linear(member).weight[:, perm] = stored
             weights.append(stored)
         curve = error_curve(stats.rows[:, perm], torch.cat(weights), slices)
         self.report[linear_input.name] = {"weight_error": errors, "activation_error": curve}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a model's tensors come from: a Hugging Face folder, a hub id, or a GGUF file converted once to such a folder."""
+"""Where a model's tensors come from: a Hugging Face folder, a hub id, or a GGUF file converted to such a folder."""
 
 from __future__ import annotations
 

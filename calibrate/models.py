@@ -19,9 +19,9 @@ from vllm_comet.checkpoint import BLOCK
 class Family:
     """How a decoder family departs from Llama.
 
-    qk_norm: RMSNorm on every head of q and k before RoPE. norm_offset: an RMSNorm multiplies by ``norm_offset + weight``.
-    sandwich_norm: a second norm on the output of attention and of the MLP. scaled_embedding: embeddings are multiplied
-    by ``sqrt(hidden_size)``.
+    qk_norm: RMSNorm on every head of q and k before RoPE. norm_offset: an RMSNorm multiplies by ``norm_offset +
+    weight``. sandwich_norm: a second norm on the output of attention and of the MLP. scaled_embedding: embeddings
+    are multiplied by ``sqrt(hidden_size)``.
     """
 
     name: str

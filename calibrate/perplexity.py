@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity of a base model or a COMET checkpoint on a text file: ``python -m calibrate.perplexity MODEL --text FILE``.
+"""Perplexity of a base model or a COMET checkpoint on a text: ``python -m calibrate.perplexity MODEL --text FILE``.
 
 WikiText-2 is read the usual way: rows joined with two newlines, windows of 2048 tokens without overlap, each token but
 a window's first predicted from those before it in the window.
@@ -40,7 +40,7 @@ def window_losses(model: PreTrainedModel, windows: torch.Tensor) -> list[float]:
 
 
 def text_windows(path: Path, tokenizer_dir: Path, length: int, count: int, joined: bool) -> torch.Tensor:
-    """The first ``count`` windows ``[count, length]`` of the text; each starts with BOS where the tokenizer adds one."""
+    """The first ``count`` windows ``[count, length]`` of the text, each with BOS first where the tokenizer adds one."""
     text = path.read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     ids = tokenizer(join_wikitext_rows(text) if joined else text, add_special_tokens=False, verbose=False)["input_ids"]

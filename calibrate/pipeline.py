@@ -4,8 +4,6 @@ budget and write the checkpoint."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,21 +52,13 @@ class Result:
     layers: list[dict[str, Any]]
 
 
-@contextlib.contextmanager
-def calibration_math() -> Iterator[None]:
-    """Matrix products of activations in bf16 with float32 sums, as the served model computes them; deterministic."""
-    mkldnn, cuda = torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision = mkldnn, cuda
+def activation_dtype(device: torch.device) -> torch.dtype:
+    """bf16, as the model is served, where the machine multiplies it faster than float32."""
+    return torch.bfloat16 if device.type == "cuda" or torch.cpu._is_amx_tile_supported() else torch.float32
 
 
 def kv_format(options: Options, dims: Dims) -> fmt.KVCacheFormat | None:
-    """The KV section of the checkpoint; raises CalibrationError for a group size that head_dim or the format rules out."""
+    """The KV section of the checkpoint; raises CalibrationError for a group size that can't be."""
     if not options.kv4:
         return None
     size = options.kv_group_size or min(dims.head_dim, 128)
@@ -90,12 +80,12 @@ def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = F
         tensor_parallel=choose_tensor_parallel(dims, options.tensor_parallel), producer=_producer(options))
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = source.tokenizer()
-    windows = token_windows(load_text(options.data, tokenizer), tokenizer, options.samples, options.length, options.seed,
-                            _MOST_SAMPLES)
-    run = {key: str(value) for key, value in asdict(options).items()} | {"model": config.to_dict()["architectures"][0]}
+    text = load_text(options.data, tokenizer)
+    windows = token_windows(text, tokenizer, options.samples, options.length, options.seed, _MOST_SAMPLES)
+    run = {key: str(value) for key, value in asdict(options).items()} | {"model": type(config).__name__}
     workspace = Workspace(out, run, resume)
-    with calibration_math():
-        builder = DecoderBuilder(config, family, device)
+    with torch.no_grad():
+        builder = DecoderBuilder(config, family, device, activation_dtype(device))
         calibrator = LayerCalibrator(builder, comet, options.damping)
         embedding = source.tensor("model.embed_tokens.weight")
         chunks = [builder.embed(chunk, embedding).to(device)
@@ -104,10 +94,11 @@ def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = F
         progress = tqdm(range(dims.layers), unit="layer", desc="calibrating", dynamic_ncols=True)
         for index in progress:
             original = source.module_tensors(f"model.layers.{index}")
-            if not workspace.has_layer(index):
+            if workspace.has_layer(index):
+                _propagate(builder.build(index, original), references)
+            else:
                 workspace.save_layer(index, *calibrator.run(index, original, chunks, references))
-            _propagate(load_quantized(builder, index, workspace.load_layer(index), comet), chunks, comet.kv_cache)
-            _propagate(builder.build(index, original), references, None)
+            _propagate(load_quantized(builder, index, workspace.load_layer(index), comet), chunks)
     return _export(source, workspace, comet, dims, options)
 
 
@@ -124,17 +115,17 @@ def load_quantized(
     return builder.build(index, plain)
 
 
-def _propagate(layer: DecoderLayer, chunks: list[torch.Tensor], kv_cache: fmt.KVCacheFormat | None) -> None:
+def _propagate(layer: DecoderLayer, chunks: list[torch.Tensor]) -> None:
     for i, hidden in enumerate(chunks):
-        chunks[i] = layer.forward(hidden, kv_cache.group_size if kv_cache else None)
+        chunks[i] = layer.forward(hidden)
 
 
 def _export(source: ModelSource, workspace: Workspace, comet: fmt.CometFormat, dims: Dims, options: Options) -> Result:
     reports = [workspace.load_report(index) for index in range(dims.layers)]
     candidates = [
-        Candidate(f"{index}.{i.name}", dims.width(i), comet.tensor_parallel if i.row_parallel else 1,
+        Candidate(dims.width(i), len(i.members), comet.tensor_parallel if i.row_parallel else 1,
                   tuple(report[i.name]["activation_error"]))
-        for index, report in enumerate(reports) for i in LINEAR_INPUTS
+        for report in reports for i in LINEAR_INPUTS
     ]
     counts = iter(zip(candidates, allocate(candidates, options.int8_share), strict=True))
     writer = ShardWriter(workspace.partial)

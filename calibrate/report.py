@@ -18,7 +18,7 @@ def summary(result: Result, out: Path, seconds: float) -> str:
         lines.append(f"{index:5d}  " + "".join(f"{cell:<42}" for cell in cells).rstrip())
     ratio = result.base_bytes / result.num_bytes
     lines += [
-        f"size          {result.num_bytes / 2**20:.1f} MiB, bf16 {result.base_bytes / 2**20:.1f} MiB ({ratio:.2f}x smaller)",
+        f"size          {result.num_bytes / 2**20:.1f} MiB; bf16 {result.base_bytes / 2**20:.1f} MiB ({ratio:.2f}x)",
         f"INT8 share    {result.int8_share:.1%} of all input channels",
         f"time          {seconds:.0f} s",
         f"serve it with: vllm serve {out}",

@@ -3,18 +3,34 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from calibrate.errors import CalibrationError
 
 
-class InputStats:
-    """Running statistics of one activation ``[..., K]``.
+@contextlib.contextmanager
+def _products_of_bf16() -> Iterator[None]:
+    """Let float32 matrix products round their factors to bf16 or TF32: exact for factors that are bf16 values."""
+    backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
+    for backend, precision in zip(backends, ("bf16", "tf32"), strict=True):
+        backend.fp32_precision = precision
+    try:
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
-    hessian: float32 ``[K, K]``, mean of ``x xᵀ``. cross: float32 ``[K, K]``, mean of ``x̃ xᵀ`` with x̃ the same activation of
-    the unquantised model. drift: float32 ``[N, K]`` or None, mean of ``(h̃ − h) xᵀ`` with h the residual stream that the
-    layer's output is added to. peak: float32 ``[K]``, largest ``|x|``. rows: up to ``max_rows`` tokens
-    ``[R, K]``, spread evenly over everything seen.
+
+class InputStats:
+    """Running statistics of one activation ``[..., K]``; all are float32.
+
+    hessian ``[K, K]``: mean of ``x xᵀ``. cross ``[K, K]``: mean of ``x̃ xᵀ`` with x̃ the same activation of the
+    unquantised model. drift ``[N, K]`` or None: mean of ``(h̃ − h) xᵀ`` with h the residual stream that the layer's output is added
+    to. peak ``[K]``: largest ``|x|``. rows ``[R, K]``: about ``max_rows`` tokens, spread evenly over everything seen.
     """
 
     def __init__(self, name: str, k: int, device: torch.device, max_rows: int, expected_tokens: int):
@@ -27,10 +43,12 @@ class InputStats:
         self._rows: list[torch.Tensor] = []
 
     def add(self, x: torch.Tensor, reference: torch.Tensor, drift: torch.Tensor | None = None) -> None:
-        """Count ``x``, the unquantised model's ``reference`` of equal shape, and the residual stream's error ``drift``."""
+        """Count ``x``, the unquantised model's ``reference`` for it, and the residual stream's error ``drift``."""
+        exact = contextlib.nullcontext() if x.dtype == torch.float32 else _products_of_bf16()
         x = x.flatten(0, -2).to(torch.float32)
-        self._sum.addmm_(x.T, x)
-        self._cross.addmm_(reference.flatten(0, -2).T, x)
+        with exact:
+            self._sum.addmm_(x.T, x)
+            self._cross.addmm_(reference.flatten(0, -2).to(torch.float32).T, x)
         if drift is not None:
             product = drift.flatten(0, -2).T @ x
             self._drift = product if self._drift is None else self._drift.add_(product)

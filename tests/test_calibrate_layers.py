@@ -15,7 +15,7 @@ TOKENS = torch.randint(2, VOCAB, (2, 40), generator=torch.Generator().manual_see
 
 
 def build_layers(model) -> tuple[DecoderBuilder, list[DecoderLayer]]:
-    builder = DecoderBuilder(model.config, family_of(model.config), torch.device("cpu"))
+    builder = DecoderBuilder(model.config, family_of(model.config), torch.device("cpu"), torch.float32)
     return builder, [
         builder.build(i, {name: p.clone() for name, p in layer.named_parameters()})
         for i, layer in enumerate(model.model.layers)

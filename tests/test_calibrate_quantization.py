@@ -8,8 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibrate.fmpq import Candidate, act_bits, allocate, error_curve, int8_channels, outlier_last, round_trip_activation
-from calibrate.gptq import corrected_target, gptq, hessian_error
+from calibrate.fmpq import (
+    Candidate,
+    act_bits,
+    allocate,
+    error_curve,
+    int8_channels,
+    outlier_last,
+    round_trip_activation,
+)
+from calibrate.gptq import corrected_targets, gptq, hessian_error
 from calibrate.grid import QuantizedLinear, dequantize, round_to_grid, search_grid
 from vllm_comet import checkpoint as fmt
 
@@ -83,7 +91,7 @@ def test_corrected_target_brings_the_output_nearer_to_the_exact_one(problem):
     weight, exact, _ = problem
     x = exact + 0.3 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)) @ torch.ones(K, K) / K
     drift = 0.1 * x[:, :N]
-    target = corrected_target(weight, x.T @ x / TOKENS, exact.T @ x / TOKENS, drift.T @ x / TOKENS, 1e-4)
+    [target] = corrected_targets([weight], x.T @ x / TOKENS, exact.T @ x / TOKENS, drift.T @ x / TOKENS, 1e-4)
     wanted = exact @ weight.T + drift
 
     def error(w: torch.Tensor) -> float:
@@ -121,19 +129,20 @@ def test_int8_blocks_lower_the_activation_error(problem):
 def test_budget_is_respected(seed, share):
     draw = torch.Generator().manual_seed(seed)
     candidates = []
-    for i, (k, slices) in enumerate(((576, 1), (1024, 2), (1536, 1), (4096, 8))):
+    for k, readers, slices in ((576, 3, 1), (1024, 1, 2), (1536, 2, 1), (4096, 1, 8)):
         blocks = fmt.num_blocks(k // slices)
         curve = torch.rand(blocks + 1, generator=draw).sort(descending=True).values
-        candidates.append(Candidate(str(i), k, slices, tuple(curve.tolist())))
+        candidates.append(Candidate(k, readers, slices, tuple(curve.tolist())))
     chosen = allocate(candidates, share)
-    spent = sum(int8_channels(c.k, c.slices, n) for c, n in zip(candidates, chosen, strict=True))
-    total = sum(c.k for c in candidates)
+    spent = sum(c.channels(n) for c, n in zip(candidates, chosen, strict=True))
+    total = sum(c.readers * c.k for c in candidates)
     assert spent <= share * total
     if share == 1:
         assert spent == total
 
 
 def test_budget_goes_where_it_lowers_the_error_most():
-    flat, steep = Candidate("flat", 512, 1, (0.02, 0.019, 0.018, 0.017, 0.016)), Candidate("steep", 512, 1,
-                                                                                     (0.9, 0.5, 0.1, 0.09, 0.08))
+    flat = Candidate(512, 1, 1, (0.02, 0.019, 0.018, 0.017, 0.016))
+    steep = Candidate(512, 1, 1, (0.9, 0.5, 0.1, 0.09, 0.08))
     assert allocate([flat, steep], 0.25) == [0, 2]
+    assert allocate([flat, Candidate(512, 3, 1, steep.curve)], 0.25) == [1, 1]  # three readers pay thrice
