@@ -142,8 +142,8 @@ class Flash3:
         self.dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
         self.token_bytes = 2 * shape.kv_heads * shape.head_dim * self.dtype.itemsize
         pages = -(-tokens // BLOCK)
-        page = torch.randn(2, 1, BLOCK, shape.kv_heads, shape.head_dim, device="cuda").to(self.dtype)
-        self.key, self.value = (x.repeat(pages, 1, 1, 1) for x in page)
+        page = torch.randn(2, 1, BLOCK, shape.kv_heads, shape.head_dim, dtype=torch.bfloat16, device="cuda")
+        self.key, self.value = (x.repeat(pages, 1, 1, 1).to(self.dtype) for x in page)
         self.flash = _flash()
 
     def _calls(self, q: torch.Tensor, batch: int, context: int, tables: list[torch.Tensor], metadata: Any) -> Calls:
@@ -263,41 +263,42 @@ def _store_us(mode: str, shape: Shape, tokens: int, copies: int = 6) -> float:
     ])  # fmt: skip
 
 
-def _cells(models: list[str], phases: list[str]) -> list[tuple[str, str, int, int]]:
+def _cells(models: list[str], phases: list[str], quick: bool) -> list[tuple[str, str, int, int]]:
     grid = {"decode": DECODE, "prefill": PREFILL, "chunk": CHUNKS, "store": [(STORE, 0)]}
+    if quick:
+        grid["decode"] = [(batch, 1024) for batch in dict.fromkeys(b for b, _ in DECODE)]
+        grid |= {"prefill": [(1, 1024)], "chunk": [(1, 2 * CHUNK)]}
     return [(m, p, b, c) for m, p in itertools.product(models, phases) for b, c in grid[p]]
 
 
-def measure(models: list[str], phases: list[str], modes: list[str]) -> list[dict[str, Any]]:
-    rows = []
-    for model, phase, batch, context in _cells(models, phases):
-        for mode in ["comet-int4", "copy"] if phase == "store" else modes:
-            shape, read = MODELS[model], None
-            try:
-                if phase == "store":
-                    us = _store_us(mode, shape, batch)
-                elif phase == "decode":
-                    if mode == "comet-int4-pages":
-                        continue
-                    us, read = _decode_row(mode, shape, batch, context)
-                else:
-                    us = _prefill_us(mode, shape, batch, context, context if phase == "prefill" else CHUNK)
-            except ImportError as error:
-                print(f"{mode} left out: {error}")
-                continue
-            row = {"model": model, "batch": batch, "context": context, "phase": phase, "mode": mode, "us": round(us, 2)}
-            if read is not None:
-                row["bytes_per_s"] = round(read / us * 1e6)
-            rows.append(row)
-            print(f"{model:13} {phase:8} {batch:5} × {context:<7} {mode:17} {us:9.1f} us"
-                  + (f" {row['bytes_per_s'] / 1e12:6.2f} TB/s" if read else ""), flush=True)  # fmt: skip
-    return rows
+def _measure(model: str, phase: str, batch: int, context: int, mode: str) -> dict[str, Any]:
+    """One row of the results file."""
+    shape, read = MODELS[model], None
+    if phase == "store":
+        us = _store_us(mode, shape, batch)
+    elif phase == "decode":
+        us, read = _decode_row(mode, shape, batch, context)
+    else:
+        us = _prefill_us(mode, shape, batch, context, context if phase == "prefill" else CHUNK)
+    row = {"model": model, "batch": batch, "context": context, "phase": phase, "mode": mode, "us": round(us, 2)}
+    rate = "" if read is None else f" {read / us / 1e6:6.2f} TB/s"
+    print(f"{model:13} {phase:8} {batch:5} × {context:<7} {mode:17} {us:9.1f} us{rate}", flush=True)
+    return row if read is None else {**row, "bytes_per_s": round(read / us * 1e6)}
+
+
+def _modes(phase: str, modes: list[str]) -> list[str]:
+    if phase == "store":
+        return ["comet-int4", "copy"]
+    return [mode for mode in modes if phase != "decode" or mode != "comet-int4-pages"]
 
 
 def plot(rows: list[dict[str, Any]], device: str, path: Path) -> None:
-    """Decode speed over FlashAttention-3 bf16, one panel a model."""
-    import matplotlib
-
+    """Decode speed over FlashAttention-3 bf16, one panel a model; without matplotlib, a message instead."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no plot {path}: matplotlib is not installed")
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -328,7 +329,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
     parser.add_argument("--modes", nargs="+", choices=modes, default=modes)
+    parser.add_argument("--quick", action="store_true", help="short contexts: compiles every kernel, measures nothing")
     parser.add_argument("--out", type=Path, help="default: examples/results/attention-<gpu>.json")
+    parser.add_argument("--append", action="store_true", help="add to the rows of an existing --out")
     parser.add_argument("--plot-only", action="store_true", help="draw the plot of an existing --out")
     args = parser.parse_args(argv)
     if args.plot_only:
@@ -337,10 +340,17 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     device = torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
     out = args.out or Path("examples/results") / f"attention-{device}.json"
+    rows = json.loads(out.read_text())["rows"] if args.append else []
     env = environment()
-    rows = measure(args.models, args.phases, args.modes)
-    write_results(out, rows, env)
-    if any(r["mode"] == "fa3-bf16" and r["phase"] == "decode" for r in rows):
+    for model, phase, batch, context in _cells(args.models, args.phases, args.quick):
+        for mode in _modes(phase, args.modes):
+            try:
+                rows.append(_measure(model, phase, batch, context, mode))
+            except ImportError as error:
+                print(f"{mode} left out: {error}", flush=True)
+            torch.cuda.empty_cache()
+        write_results(out, rows, env)  # an interrupted run keeps what it has
+    if any(row["mode"] == "fa3-bf16" and row["phase"] == "decode" for row in rows):
         plot(rows, env["device"], out.with_suffix(".png"))
     return 0
 

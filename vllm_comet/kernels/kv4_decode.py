@@ -31,9 +31,9 @@ class DecodeScratch(NamedTuple):
     lse: torch.Tensor  # float32 [programs, H, rows], log2
 
 
-@triton.jit(do_not_specialize=["requests", "window", "programs", "fill"])
+@triton.jit(do_not_specialize=["requests", "rows", "window", "programs", "fill"])
 def _plan_kernel(
-    seq_lens_ptr, parts_ptr, spans_ptr, requests, window, programs, fill,
+    seq_lens_ptr, parts_ptr, spans_ptr, requests, rows, window, programs, fill,
     MAX_REQUESTS: tl.constexpr, T: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program: the shortest part length at which the parts are at most ``fill``, by bisection; then the lists."""
@@ -51,8 +51,8 @@ def _plan_kernel(
         low = tl.where(fits, low, middle)
     count = tl.cdiv(tiles, high)
     begin = tl.cumsum(count, 0) - count
-    tl.store(spans_ptr + 2 * r, begin, mask=real)
-    tl.store(spans_ptr + 2 * r + 1, count, mask=real)
+    tl.store(spans_ptr + 2 * r, begin, mask=r < rows)
+    tl.store(spans_ptr + 2 * r + 1, count, mask=r < rows)  # 0 behind the last request
     length = tl.cdiv(tiles, tl.maximum(count, 1))
     for start in range(0, programs, CHUNK):  # no part for programs behind the last
         at = parts_ptr + 8 * (start + tl.arange(0, CHUNK))
@@ -249,6 +249,11 @@ def _tile(head_dim: int) -> _Tile:
     return _Tile(64, 5, 8, 168) if head_dim <= 128 else _Tile(32, 5, 8, 168)
 
 
+def _merge_tile(requests: int) -> tuple[int, int, int]:
+    """Warps, elements of the output and parts read at once: few requests have many parts each, many have few."""
+    return (4, 32, 256) if requests <= 4 else (1, 128, 8) if requests <= 32 else (4, 512, 4)
+
+
 def _part_rows(num_heads: int, num_kv_heads: int) -> int:
     return max(4, triton.next_power_of_2(num_heads // num_kv_heads))
 
@@ -280,8 +285,9 @@ def plan(seq_lens: torch.Tensor, window: int | None, head_dim: int, scratch: Dec
     max_requests = max(16, triton.next_power_of_2(scratch.spans.shape[0]))
     fill = scratch.lse.shape[0]
     _plan_kernel[(1,)](
-        seq_lens, scratch.parts, scratch.spans, requests, 2**30 if window is None else window, scratch.parts.shape[0],
-        max(fill, requests), MAX_REQUESTS=max_requests, T=_tile(head_dim).tokens, STEPS=20, CHUNK=1024,
+        seq_lens, scratch.parts, scratch.spans, requests, scratch.spans.shape[0], 2**30 if window is None else window,
+        scratch.parts.shape[0], max(fill, requests),
+        MAX_REQUESTS=max_requests, T=_tile(head_dim).tokens, STEPS=20, CHUNK=1024,
         num_warps=max(1, min(8, max_requests // 128)),
     )  # fmt: skip
 
@@ -326,8 +332,7 @@ def decode(
         PDL=pdl, num_warps=1, num_stages=1 if expand else tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
     if requests < fill:  # else every request is one part
-        # Few requests have many parts each: read them all at once. Many requests have few parts each.
-        warps, elements, chunk = (4, 32, 256) if requests <= 4 else (1, 128, 8) if requests <= 32 else (4, 512, 4)
+        warps, elements, chunk = _merge_tile(requests)
         _merge_kernel[(requests, num_kv_heads, triton.cdiv(head_dim * part_rows, elements))](
             scratch.spans, scratch.partial, scratch.lse, out, out.stride(0),
             GROUP=group, D=head_dim, PART_ROWS=part_rows, E=elements, CHUNK=chunk, PDL=pdl,

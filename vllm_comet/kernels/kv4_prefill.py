@@ -9,12 +9,37 @@ as its cost grows with tokens alone, attention's with tokens times context. Arit
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 
 from vllm_comet.kernels._triton import require_triton, tl, triton
-from vllm_comet.kernels.kv4_attention import dequantize, meta_scale, meta_zero, nibbles
+from vllm_comet.kernels.kv4_attention import dequantize, meta_scale, meta_zero
 from vllm_comet.kernels.kv4_cache import page_views
+
+
+@triton.jit
+def _plane(lanes, plane: tl.constexpr, meta_at, ok, lane, L: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """Plane ``plane`` of ``lanes`` [T, LANES] dequantised to fp16; meta_at [T] points to a token's first group."""
+    if GROUP_SIZE % L == 0:  # one group for the whole plane
+        meta = tl.load(meta_at + plane * L // GROUP_SIZE, mask=ok, other=0)
+        code = ((lanes >> (4 * plane)) & 15).to(tl.float32)
+        x = code * meta_scale(meta)[:, None] + meta_zero(meta)[:, None]
+    else:
+        real = ok[:, None] & (lane < L)[None, :]
+        x = dequantize(lanes, plane, meta_at[:, None], lane[None, :], real, L, GROUP_SIZE)
+    return x.to(tl.float16)
+
+
+@triton.jit
+def _dequantized(
+    lanes, meta_at, ok, lane, T: tl.constexpr, L: tl.constexpr, LANES: tl.constexpr, GROUP_SIZE: tl.constexpr,
+):  # fmt: skip
+    """``lanes`` [T, LANES] dequantised to fp16 [T, 4 · LANES]: column c holds lane c // 4 of plane c % 4."""
+    planes = ()
+    for i in tl.static_range(4):
+        planes = planes + (_plane(lanes, i, meta_at, ok, lane, L, GROUP_SIZE),)
+    return tl.reshape(tl.join(tl.join(planes[0], planes[2]), tl.join(planes[1], planes[3])), (T, 4 * LANES))
 
 
 @triton.jit(do_not_specialize=["window"])
@@ -27,9 +52,6 @@ def _prefill_kernel(
     """Grid (query tiles, H, R). Rows are QUERIES tokens × HEADS query heads (GROUP of them real), columns KV tokens."""
     L: tl.constexpr = D // 4
     GROUP_SIZE: tl.constexpr = D // GROUPS
-    EXPAND: tl.constexpr = GROUP_SIZE % L != 0
-    FOLDS: tl.constexpr = 1 if EXPAND else GROUPS
-    PLANES: tl.constexpr = 4 // FOLDS
     M: tl.constexpr = QUERIES * HEADS
     head = tl.program_id(1)
     request = tl.program_id(2)
@@ -43,35 +65,18 @@ def _prefill_kernel(
 
     row = tl.arange(0, M)
     query = first_query + row // HEADS
+    column = tl.arange(0, 4 * LANES)
+    channel = column % 4 * L + column // 4
     lane = tl.arange(0, LANES)
     token = tl.arange(0, T)
-    row_ok = (query < queries) & (row % HEADS < GROUP)
-    lane_ok = lane < L
+    real = ((query < queries) & (row % HEADS < GROUP))[:, None] & (column // 4 < L)[None, :]
     position = length - queries + query
     q_row = (start + query) * stride_q + (head * GROUP + row % HEADS) * D
-    q = ()
-    q_sum = ()
-    for g in tl.static_range(FOLDS):
-        sum_g = tl.zeros((M,), tl.float32)
-        for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
-            plane = tl.load(
-                q_ptr + q_row[:, None] + i * L + lane[None, :], mask=row_ok[:, None] & lane_ok[None, :], other=0.0
-            ).to(tl.float16)
-            sum_g += tl.sum(plane.to(tl.float32), 1)
-            if i % 2 == 1 and not EXPAND:
-                plane = (plane * 0.0625).to(tl.float16)  # odd planes hold 16 · code
-            q = q + (plane,)
-        q_sum = q_sum + ((sum_g * scale_log2)[:, None],)
+    q = tl.load(q_ptr + q_row[:, None] + channel[None, :], mask=real, other=0.0).to(tl.float16)
 
     m = tl.full((M,), -1e30, tl.float32)
     den = tl.zeros((M,), tl.float32)
-    z = ()
-    o = ()
-    for _ in tl.static_range(FOLDS):
-        z = z + (tl.zeros((M,), tl.float32),)
-    for _ in tl.static_range(4):
-        o = o + (tl.zeros((M, LANES), tl.float32),)
-
+    o = tl.zeros((M, 4 * LANES), tl.float32)
     table = table_ptr + request * stride_table
     pages = tl.cdiv(length, BLOCK)
     first_token = tl.maximum(length - queries + first_query - window + 1, 0)
@@ -86,61 +91,36 @@ def _prefill_kernel(
             in_page = tile % (BLOCK // T) * T + token
         page = tl.load(table + index, mask=index < pages, other=0)
         base = page.to(tl.int64) * stride_page + head * stride_head
-        at = base + in_page * L
-        k = tl.load(codes_ptr + at[None, :] + lane[:, None], mask=lane_ok[:, None], other=0)
-        v = tl.load(codes_ptr + (at + BLOCK * L)[:, None] + lane[None, :], mask=lane_ok[None, :], other=0)
+        at = codes_ptr + (base + in_page * L)[:, None] + lane[None, :]
         meta_at = meta_ptr + base // 2 + (BLOCK * L + in_page * GROUPS)
         stored = t < length  # what lies behind may be NaN
 
-        s = tl.zeros((M, T), tl.float32)
-        if EXPAND:
-            real = lane_ok[:, None] & stored[None, :]
-            for i in tl.static_range(4):
-                x = dequantize(k, i, meta_at[None, :], lane[:, None], real, L, GROUP_SIZE)
-                s += tl.dot(q[i], x.to(tl.float16)) * scale_log2
-        else:
-            for g in tl.static_range(FOLDS):
-                meta = tl.load(meta_at + g, mask=stored, other=0)
-                dot = tl.zeros((M, T), tl.float32)
-                for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
-                    dot = tl.dot(q[i], nibbles(k, i), dot)
-                s += dot * (meta_scale(meta) * (scale_log2 * 16777216.0))[None, :]
-                s += q_sum[g] * meta_zero(meta)[None, :]
+        k = _dequantized(tl.load(at, mask=(lane < L)[None, :], other=0), meta_at, stored, lane, T, L, LANES, GROUP_SIZE)
+        s = tl.dot(q, tl.trans(k)) * scale_log2
         visible = (t[None, :] <= position[:, None]) & (t[None, :] > (position - window)[:, None])
         s = tl.where(visible, s, -1e30)
-
         m_new = tl.maximum(m, tl.max(s, 1))
         alpha = tl.exp2(m - m_new)
         m = m_new
         p = tl.exp2(s - m_new[:, None])
         den = den * alpha + tl.sum(p, 1)
-        z_new = ()
-        o_new = ()
-        meta_at += BLOCK * GROUPS
-        if EXPAND:
-            z_new = z
-            real = stored[:, None] & lane_ok[None, :]
-            for i in tl.static_range(4):
-                x = dequantize(v, i, meta_at[:, None], lane[None, :], real, L, GROUP_SIZE)
-                o_new = o_new + (tl.dot(p.to(tl.float16), x.to(tl.float16), o[i] * alpha[:, None]),)
-        else:
-            for g in tl.static_range(FOLDS):
-                meta = tl.load(meta_at + g, mask=stored, other=0)
-                z_new = z_new + (z[g] * alpha + tl.sum(p * meta_zero(meta)[None, :], 1),)
-                pv = (p * tl.minimum(meta_scale(meta) * 64.0, 65504.0)[None, :]).to(tl.float16)
-                for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
-                    o_new = o_new + (tl.dot(pv, nibbles(v, i), o[i] * alpha[:, None]),)
-        z = z_new
-        o = o_new
+        v = tl.load(at + BLOCK * L, mask=(lane < L)[None, :], other=0)
+        v = _dequantized(v, meta_at + BLOCK * GROUPS, stored, lane, T, L, LANES, GROUP_SIZE)
+        o = tl.dot(p.to(tl.float16), v, o * alpha[:, None])
 
-    inverse = 1.0 / den
     out_row = (start + query) * stride_out + (head * GROUP + row % HEADS) * D
-    for i in tl.static_range(4):
-        unit = 1.0 if EXPAND else 262144.0 if i % 2 == 0 else 16384.0
-        o_i = o[i] * (inverse * unit)[:, None] + (z[0 if EXPAND else i // PLANES] * inverse)[:, None]
-        tl.store(
-            out_ptr + out_row[:, None] + i * L + lane[None, :], o_i, mask=row_ok[:, None] & lane_ok[None, :]
-        )  # fmt: skip
+    tl.store(out_ptr + out_row[:, None] + channel[None, :], o / den[:, None], mask=real)
+
+
+class _Tile(NamedTuple):
+    rows: int  # query tokens × query heads
+    tokens: int
+    warps: int
+    stages: int
+
+
+def _tile(head_dim: int) -> _Tile:
+    return _Tile(128, 128, 8, 2) if head_dim <= 128 else _Tile(64, 64, 4, 2)
 
 
 def prefill(
@@ -163,23 +143,23 @@ def prefill(
     require_triton("prefill attention")
     _, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = cache.shape
-    group, tokens = num_heads // num_kv_heads, 64 if head_dim <= 128 else 32
+    group, tile = num_heads // num_kv_heads, _tile(head_dim)
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads.")
-    if tokens % block_size and block_size % tokens:
-        raise ValueError(f"block size {block_size}; allowed: multiples and divisors of {tokens}.")
+    if tile.tokens % block_size and block_size % tile.tokens:
+        raise ValueError(f"block size {block_size}; allowed: multiples and divisors of {tile.tokens}.")
     page_views(cache, head_dim, group_size)  # checks the layout
     heads = triton.next_power_of_2(group)
-    queries = max(1, (128 if head_dim <= 128 else 64) // heads)
+    queries = max(1, tile.rows // heads)
     expand = group_size % (head_dim // 4) != 0
     grid = (triton.cdiv(max_query_len, queries), num_kv_heads, seq_lens.shape[0])
     _prefill_kernel[grid](
         q, cache.view(torch.int16), cache.view(torch.int32), block_table, query_start_loc, seq_lens, out,
         2**30 if window is None else window, scale * math.log2(math.e), q.stride(0), out.stride(0),
         block_table.stride(0), cache.stride(0) // 2, cache.stride(1) // 2,
-        GROUP=group, D=head_dim, GROUPS=head_dim // group_size, BLOCK=block_size, T=tokens, QUERIES=queries,
+        GROUP=group, D=head_dim, GROUPS=head_dim // group_size, BLOCK=block_size, T=tile.tokens, QUERIES=queries,
         HEADS=heads, LANES=max(16, triton.next_power_of_2(head_dim // 4)),
-        num_warps=8 if queries * heads >= 128 else 4, num_stages=1 if expand else 3,
+        num_warps=tile.warps, num_stages=1 if expand else tile.stages,
     )  # fmt: skip
     return out
 
