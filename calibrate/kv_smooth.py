@@ -1,117 +1,139 @@
 # SPDX-License-Identifier: Apache-2.0
 """Smoothing of outlier channels in K, so that 4 bits per (token, head) lose less.
 
-Channel i of k is divided by a factor λ_i and channel i of q multiplied by it, which leaves every score as it was. RoPE
-rotates channels i and i + D/2 into each other, so both have the same factor; the q heads of a KV group share their
-K head's. The idea is QServe's SmoothAttention (Lin et al. 2024); here the factor also counts how much of a channel's
-error q lets through, and its two exponents are searched by the error of the attention output.
+RoPE rotates channels i and i + D/2 of q and k into each other. Scaling such a pair of k by 1/λ_i and that of q by λ_i,
+and turning both by one angle φ_i, commutes with RoPE and leaves every score as it was; the q heads of a KV group share
+what their K head has. (λ alone is QServe's SmoothAttention, Lin et al. 2024.) Here λ and φ minimise the expected error of
+the attention output: rounding moves each channel of key t by noise of variance step_t² / 12, hence its score by
+step_t² / 12 · Σ_i (q_i λ_i)², hence the output, to first order, by the score's error times p_t (v_t − o):
+
+    E‖Δo‖² ∝ Σ_t step_t(λ, φ)² · Σ_i a_ti λ_i²,    a_ti = Σ_queries p_t² ‖v_t − o‖² q_i²
+
+Unlike the error measured on some keys, this does not depend on how those happen to round, so it fits other text too.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from calibrate.decoder import DecoderLayer, round_trip_kv
+from calibrate.decoder import DecoderLayer
 
-_SAMPLES, _QUERIES = 2, 64
-"""Sequences, and queries of each, on which a factor is judged."""
-_K_EXPONENTS = tuple(i / 10 for i in range(11))
-_Q_EXPONENTS = (0.0, 0.25, 0.5)
-_REFINE = (2.0**-0.5, 2.0**0.5)
+_QUERIES = 128
+"""Queries of each sequence whose attention weighs the keys."""
+_KEYS = 1024
+"""Keys of each head, the most attended ones, on which λ is fitted."""
+_STEPS, _RATE = 150, 0.05
+
+
+@dataclass(frozen=True)
+class PairTransform:
+    """log λ and φ of the channel pairs (i, i + D/2) of every KV head: float32 ``[kv_heads, D/2]`` each."""
+
+    log_scale: torch.Tensor
+    angle: torch.Tensor
+
+    def turn(self, x: torch.Tensor, dim: int) -> torch.Tensor:
+        """``x`` with its pairs along ``dim`` (size D) turned by φ; λ is left out. Heads come first in ``x``."""
+        first, second = x.chunk(2, dim=dim)
+        shape = [self.angle.shape[0]] + [1] * (x.dim() - 1)
+        shape[dim] = self.angle.shape[1]
+        cos, sin = self.angle.cos().view(shape), self.angle.sin().view(shape)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=dim)
 
 
 def smooth_k(layer: DecoderLayer, x: torch.Tensor, kv_group_size: int) -> float:
-    """Search λ on inputs ``x`` ``[B, T, hidden]`` of the q and k projections, and fold it into ``layer``.
+    """Fit λ and φ on inputs ``x`` ``[B, T, hidden]`` of the q and k projections, and fold them into ``layer``.
 
-    Returns the error of the attention output with it over the error without.
+    Returns the expected error of the attention output with them over the error without. Where q and k pass a norm, only
+    its weights can take them up: λ is common to all heads and φ is zero.
     """
-    q, k, v = (t.to(torch.float32) for t in layer.qkv(x[:_SAMPLES]))
-    error = _error_function(layer, q, k, v, kv_group_size)
-    shared = layer.family.qk_norm  # the norms' weights are common to all heads
-    plain = torch.ones(k.shape[1], k.shape[3] // 2, device=k.device)
-    factor = _refine(_search(q, k, error, shared), error, shared)
-    ratio = float(error(factor).sum() / error(plain).sum().clamp_min(1e-30))
-    if ratio < 1:
-        fold_factor(layer, torch.cat([factor, factor], dim=1))
-    return min(ratio, 1.0)
+    q, k, v = (t.to(torch.float32) for t in layer.qkv(x))
+    keys, weight = _weighted_keys(layer, q, k, v)
+    transform, ratio = _fit(keys, weight, kv_group_size, shared=layer.family.qk_norm)
+    fold(layer, transform)
+    return ratio
 
 
-def fold_factor(layer: DecoderLayer, factor: torch.Tensor) -> None:
-    """Divide k and multiply q by ``factor`` ``[kv_heads, head_dim]`` in the weights that produce them, in place."""
+def fold(layer: DecoderLayer, transform: PairTransform) -> None:
+    """Apply ``transform`` to the weights that produce q and k, in place."""
+    scale = torch.cat([transform.log_scale, transform.log_scale], dim=1).exp()
     if layer.family.qk_norm:
         offset = layer.family.norm_offset
-        for norm, scale in ((layer.attn.q_norm, factor[0]), (layer.attn.k_norm, 1 / factor[0])):
-            norm.weight.copy_((norm.weight + offset) * scale - offset)
+        for norm, factor in ((layer.attn.q_norm, scale[0]), (layer.attn.k_norm, 1 / scale[0])):
+            norm.weight.copy_((norm.weight + offset) * factor - offset)
         return
-    per_query_head = factor.repeat_interleave(layer.dims.heads // layer.dims.kv_heads, dim=0).flatten()
-    for linear, scale in ((layer.attn.q_proj, per_query_head), (layer.attn.k_proj, 1 / factor.flatten())):
-        linear.weight.mul_(scale.unsqueeze(1))
-        if linear.bias is not None:
-            linear.bias.mul_(scale)
+    group = layer.dims.heads // layer.dims.kv_heads
+    for linear, factor, repeat in ((layer.attn.q_proj, scale, group), (layer.attn.k_proj, 1 / scale, 1)):
+        per_head = PairTransform(*(t.repeat_interleave(repeat, 0) for t in (transform.log_scale, transform.angle)))
+        factor = factor.repeat_interleave(repeat, 0)
+        for parameter in (linear.weight, linear.bias):
+            if parameter is not None:
+                rows = parameter.view(len(factor), layer.dims.head_dim, -1)  # [heads, D, K or 1]
+                rows.copy_(per_head.turn(rows, dim=1) * factor.unsqueeze(-1))
 
 
-def _error_function(
-    layer: DecoderLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kv_group_size: int
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Squared error ``[kv_heads]`` of the attention output, as a function of a factor ``[kv_heads, D/2]``."""
-    length, heads, kv_heads = q.shape[2], q.shape[1], k.shape[1]
-    picked = torch.arange(length - 1, -1, -max(1, length // _QUERIES), device=q.device)
-    q = q[:, :, picked].unflatten(1, (kv_heads, heads // kv_heads))
-    distance = picked.unsqueeze(1) - torch.arange(length, device=q.device)
-    hidden = (distance < 0) if layer.window is None else (distance < 0) | (distance >= layer.window)
-
-    def attend(keys: torch.Tensor) -> torch.Tensor:
-        scores = q @ keys.unsqueeze(2).transpose(-1, -2) * layer.attn.scaling
-        return scores.masked_fill_(hidden, -torch.inf).softmax(-1) @ v.unsqueeze(2)
-
-    exact = attend(k)
-
-    def error(factor: torch.Tensor) -> torch.Tensor:
-        scale = torch.cat([factor, factor], dim=1).unsqueeze(1)
-        return (attend(round_trip_kv(k / scale, kv_group_size) * scale) - exact).square().sum((0, 2, 3, 4))
-
-    return error
-
-
-def _pairs(x: torch.Tensor) -> torch.Tensor:
-    """Largest of channels i and i + D/2: ``[..., D]`` → ``[..., D/2]``."""
-    return torch.maximum(*x.chunk(2, dim=-1))
-
-
-def _search(
-    q: torch.Tensor, k: torch.Tensor, error: Callable[[torch.Tensor], torch.Tensor], shared: bool
-) -> torch.Tensor:
-    """Best ``λ = max|k|^a / rms(q)^b`` of a grid of exponents, for each KV head (or one for all)."""
-    peak = _pairs(k.abs().amax((0, 2))).clamp_min(1e-6)
-    power = q.square().mean((0, 2)).unflatten(0, (k.shape[1], -1)).mean(1)
-    rms = _pairs(power.sqrt()).clamp_min(1e-6)
-    if shared:
-        peak, rms = (t.amax(0, keepdim=True).expand_as(t) for t in (peak, rms))
-    best = torch.ones_like(peak)
-    lowest = error(best)
-    for a, b in itertools.product(_K_EXPONENTS, _Q_EXPONENTS):
-        factor = peak**a / rms**b
-        best, lowest = _keep_better(best, lowest, factor / factor.mean(1, keepdim=True), error, shared)
-    return best
-
-
-def _refine(factor: torch.Tensor, error: Callable[[torch.Tensor], torch.Tensor], shared: bool) -> torch.Tensor:
-    """One pass of coordinate descent: each pair of channels in turn a little up or down, all heads at once."""
-    lowest = error(factor)
-    for pair, step in itertools.product(range(factor.shape[1]), _REFINE):
-        trial = factor.clone()
-        trial[:, pair] *= step
-        factor, lowest = _keep_better(factor, lowest, trial, error, shared)
-    return factor
-
-
-def _keep_better(
-    best: torch.Tensor, lowest: torch.Tensor, trial: torch.Tensor, error: Callable[[torch.Tensor], torch.Tensor],
-    shared: bool,
+def _weighted_keys(
+    layer: DecoderLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    found = error(trial)
-    better = (found.sum() < lowest.sum()).expand_as(found) if shared else found < lowest
-    return torch.where(better.unsqueeze(1), trial, best), torch.where(better, found, lowest)
+    """The most attended keys ``[kv_heads, n, D]`` and their a ``[kv_heads, n, D]``, scaled to a mean of 1 per head."""
+    weights = torch.stack([_channel_weights(layer, *sample) for sample in zip(q, k, v, strict=True)], dim=1)
+    weights, keys = weights.flatten(1, 2), k.transpose(0, 1).flatten(1, 2)
+    best = weights.sum(-1).topk(min(_KEYS, keys.shape[1]), dim=1).indices.unsqueeze(-1).expand(-1, -1, k.shape[3])
+    weights, keys = weights.gather(1, best), keys.gather(1, best)
+    first, second = weights.chunk(2, dim=2)  # φ shifts importance inside a pair
+    weights = ((first + second) / 2).repeat(1, 1, 2)
+    return keys, weights / weights.mean().clamp_min(1e-30)
+
+
+def _channel_weights(layer: DecoderLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """a of one sequence: q ``[heads, T, D]``, k and v ``[kv_heads, T, D]`` → ``[kv_heads, T, D]``."""
+    length = k.shape[1]
+    picked = torch.arange(length - 1, -1, -max(1, length // _QUERIES), device=q.device)
+    distance = picked.unsqueeze(1) - torch.arange(length, device=q.device)
+    hidden = distance < 0 if layer.window is None else (distance < 0) | (distance >= layer.window)
+    q = q[:, picked].unflatten(0, (k.shape[0], -1))  # [kv_heads, group, Q, D]
+    k, v = k.unsqueeze(1), v.unsqueeze(1)
+    p = (q @ k.transpose(-1, -2) * layer.attn.scaling).masked_fill_(hidden, -torch.inf).softmax(-1)
+    out = p @ v
+    spread = out.square().sum(-1, keepdim=True) + v.square().sum(-1).unsqueeze(-2) - 2 * out @ v.transpose(-1, -2)
+    return ((p.square() * spread.clamp_min(0)).transpose(-1, -2) @ q.square()).sum(1)
+
+
+def _expected_error(
+    transform: PairTransform, keys: torch.Tensor, weight: torch.Tensor, kv_group_size: int
+) -> torch.Tensor:
+    """Up to a constant, per KV head."""
+    log_scale = torch.cat([transform.log_scale, transform.log_scale], dim=1).unsqueeze(1)
+    groups = (transform.turn(keys, dim=2) * (-log_scale).exp()).unflatten(-1, (-1, kv_group_size))
+    step = groups.amax(-1) - groups.amin(-1)  # [kv_heads, n, G]
+    return (step.square() * (weight * (2 * log_scale).exp()).unflatten(-1, (-1, kv_group_size)).sum(-1)).mean((1, 2))
+
+
+def _fit(
+    keys: torch.Tensor, weight: torch.Tensor, kv_group_size: int, shared: bool
+) -> tuple[PairTransform, float]:
+    """Gradient descent on log λ and φ; returns the best seen of each head and the mean of error over error without.
+
+    ``shared``: one λ for all heads, and no φ.
+    """
+    heads, _, head_dim = keys.shape
+    parameters = [torch.zeros(1 if shared else heads, head_dim // 2, device=keys.device) for _ in range(2)]
+    best = [p.expand(heads, -1).clone() for p in parameters]
+    plain = _expected_error(PairTransform(*best), keys, weight, kv_group_size).clamp_min(1e-30)
+    lowest = torch.ones_like(plain)
+    log_scale, angle = (p.requires_grad_(True) for p in parameters)
+    optimizer = torch.optim.Adam([log_scale] if shared else [log_scale, angle], lr=_RATE)
+    for _ in range(_STEPS):
+        with torch.enable_grad():
+            transform = PairTransform(log_scale.expand(heads, -1), angle.expand(heads, -1))
+            ratio = _expected_error(transform, keys, weight, kv_group_size) / plain
+            ratio.sum().backward()
+        found = ratio.detach().mean().expand(heads) if shared else ratio.detach()
+        better = (found < lowest).unsqueeze(1)
+        lowest = torch.minimum(found, lowest)
+        best = [torch.where(better, p.detach(), b) for p, b in zip((log_scale, angle), best, strict=True)]
+        optimizer.step()
+        optimizer.zero_grad()
+    return PairTransform(*best), float(lowest.mean())

@@ -8,7 +8,7 @@ import torch
 from calibrate_tiny import FAMILIES, VOCAB, tiny_model
 
 from calibrate.decoder import DecoderBuilder, DecoderLayer
-from calibrate.kv_smooth import fold_factor, smooth_k
+from calibrate.kv_smooth import PairTransform, fold, smooth_k
 from calibrate.models import Dims, choose_tensor_parallel, family_of
 
 TOKENS = torch.randint(2, VOCAB, (2, 40), generator=torch.Generator().manual_seed(2))
@@ -42,19 +42,20 @@ def test_stages_compute_what_hugging_face_computes(model):
     torch.testing.assert_close(run_layers(builder, layers, model), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_k_factor_leaves_the_output_unchanged(model):
+def test_folded_pair_transform_leaves_the_output_unchanged(model):
     builder, layers = build_layers(model)
     before = run_layers(builder, layers, model)
     dims = Dims.of(model.config)
     for layer in layers:
-        half = torch.rand(dims.kv_heads, dims.head_dim // 2, generator=torch.Generator().manual_seed(3)) * 3 + 0.3
+        draw = torch.Generator().manual_seed(3)
+        log_scale, angle = torch.randn(2, dims.kv_heads, dims.head_dim // 2, generator=draw).unbind()
         k_before = layer.qkv(before)[1]
-        fold_factor(layer, torch.cat([half, half], dim=1))
+        fold(layer, PairTransform(log_scale, angle))
         assert not torch.allclose(layer.qkv(before)[1], k_before, rtol=0.1)
     torch.testing.assert_close(run_layers(builder, layers, model), before, rtol=1e-4, atol=1e-4)
 
 
-def test_searched_k_factor_lowers_the_attention_error(model):
+def test_fitted_transform_lowers_the_expected_error(model):
     builder, layers = build_layers(model)
     hidden = builder.embed(TOKENS, model.model.embed_tokens.weight)
     assert smooth_k(layers[0], layers[0].attention_input(hidden), kv_group_size=32) < 0.9
