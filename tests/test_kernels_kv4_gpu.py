@@ -54,8 +54,11 @@ def relative_error(out, ref):
 SHAPES = [(d, g) for d in (64, 96, 128, 256) for g in KV_GROUP_SIZES if d % g == 0]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize(("head_dim", "group_size"), SHAPES)
+@pytest.mark.parametrize(
+    ("head_dim", "group_size", "dtype"),
+    [(*shape, torch.bfloat16) for shape in SHAPES] + [(128, 128, torch.float16), (96, 32, torch.float32)],
+    ids=str,
+)
 def test_store_is_bit_exact(head_dim, group_size, dtype):
     gen = torch.Generator().manual_seed(head_dim + group_size)
     tokens, heads, block_size = 37, 2, 16
@@ -112,6 +115,82 @@ def test_decode(lengths, heads, group, head_dim, group_size, block_size, window)
         plan(seq_lens, window, head_dim, scratch)
         decode(q, cache, table, group_size, scale, window, out, scratch)
         assert relative_error(out, ref) < 1e-3
+
+
+def run_decode(q, cache, table, lengths, heads, group_size, window=None, max_requests=None):
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    scratch = make_scratch(max_requests or len(lengths), q.shape[1], heads, q.shape[2], DEVICE)
+    plan(seq_lens, window, q.shape[2], scratch)
+    out = torch.full_like(q, float("nan"))
+    return decode(q, cache, table, group_size, q.shape[2] ** -0.5, window, out, scratch)
+
+
+def test_decode_does_not_depend_on_batch_order():
+    lengths, heads = [200, 1, 70, 333], 2
+    cache, table = paged(lengths, heads, 64, 64, 16, seed=3)
+    q = torch.randn(4, 8, 64, device=DEVICE)
+    order = torch.tensor([2, 0, 3, 1], device=DEVICE)
+    out = run_decode(q, cache, table, lengths, heads, 64)
+    again = run_decode(q[order], cache, table[order], [lengths[i] for i in order], heads, 64, max_requests=9)
+    assert torch.equal(again, out[order])
+
+
+@pytest.mark.skipif(INTERPRET, reason="long contexts: on a GPU only")
+@pytest.mark.parametrize("seed", range(8))
+def test_decode_fuzz(seed):
+    gen = torch.Generator().manual_seed(seed)
+
+    def pick(*values):
+        return values[int(torch.randint(len(values), (1,), generator=gen))]
+
+    head_dim, group_size = SHAPES[int(torch.randint(len(SHAPES), (1,), generator=gen))]
+    heads, group, block_size, window = pick(1, 2, 8), pick(1, 4, 5, 8, 16), pick(16, 32, 64, 128), pick(None, 1000)
+    longest = pick(100, 3000, 131072 // heads)
+    lengths = torch.randint(0, longest, (pick(1, 3, 40) if longest < 5000 else 2,), generator=gen).tolist()
+    cache, table = paged(lengths, heads, head_dim, group_size, block_size, seed)
+    q = torch.randn(len(lengths), heads * group, head_dim, generator=gen).to(DEVICE, torch.bfloat16)
+    out = run_decode(q.float(), cache, table, lengths, heads, group_size, window)
+    starts = torch.arange(len(lengths) + 1)
+    lens = torch.tensor(lengths)
+    ref = attention_ref(q, cache, table, starts, lens, group_size, head_dim**-0.5, window)
+    assert relative_error(out, ref) < 1e-3, (head_dim, group_size, heads, group, block_size, window, lengths)
+
+
+@pytest.mark.skipif(INTERPRET, reason="CUDA graphs need a GPU")
+def test_decode_in_a_cuda_graph_serves_other_lengths():
+    heads, head_dim, most = 2, 128, 700
+    cache, table = paged([most] * 4, heads, head_dim, 128, 16, seed=5)
+    q = torch.randn(4, 8, head_dim, device=DEVICE)
+    seq_lens = torch.ones(4, dtype=torch.int32, device=DEVICE)
+    scratch, out = make_scratch(4, 8, heads, head_dim, DEVICE), torch.empty_like(q)
+    plan(seq_lens, None, head_dim, scratch)
+    decode(q, cache, table, 128, 0.1, None, out, scratch)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode(q, cache, table, 128, 0.1, None, out, scratch)
+    for lengths in ([700, 1, 64, 333], [2, 650, 0, 0]):
+        seq_lens.copy_(torch.tensor(lengths))
+        plan(seq_lens, None, head_dim, scratch)
+        out.fill_(float("nan"))
+        graph.replay()
+        ref = attention_ref(q, cache, table, torch.arange(5), seq_lens, 128, 0.1)
+        assert relative_error(out, ref) < 1e-3
+
+
+@pytest.mark.parametrize("chunk", [1, 17, 64])
+def test_prefill_in_chunks_is_prefill_at_once(chunk):
+    length, heads, head_dim = 75, 1, 64
+    cache, table = paged([length], heads, head_dim, 64, 16, seed=7)
+    q = torch.randn(length, 2, head_dim, device=DEVICE)
+
+    def attend(start, end):
+        lens = torch.tensor([end], dtype=torch.int32, device=DEVICE)
+        starts = torch.tensor([0, end - start], dtype=torch.int32, device=DEVICE)
+        out = torch.full_like(q[start:end], float("nan"))
+        return prefill(q[start:end], cache, table, starts, lens, end - start, 64, 0.2, None, out)
+
+    parts = [attend(i, min(i + chunk, length)) for i in range(0, length, chunk)]
+    torch.testing.assert_close(torch.cat(parts), attend(0, length), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize(
