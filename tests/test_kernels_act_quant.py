@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Activation quantisation: kernels against the references, in Triton's interpreter here and on a GPU where there is one."""
+"""Activation quantisation: kernels against the references, on a GPU or in Triton's interpreter."""
 
 import pytest
 import torch
@@ -89,8 +89,9 @@ def test_norm_refuses_wide_rows():
         act_quant.rms_norm_quantize_triton(x, None, x[0], 1e-5, None, 128, 8)
 
 
-@pytest.mark.parametrize("k,split,low_bits,word", [(256, 100, 8, "split"), (256, 384, 8, "split"), (256, 128, 5, "low_bits"),
-                                                   (200000, 128, 8, "131072")])  # fmt: skip
+@pytest.mark.parametrize("k,split,low_bits,word", [
+    (256, 100, 8, "split"), (256, 384, 8, "split"), (256, 128, 5, "low_bits"), (200000, 128, 8, "131072"),
+])  # fmt: skip
 def test_refused(k, split, low_bits, word):
     with pytest.raises(ValueError, match=word):
         act_quant.quantize_activation_triton(torch.zeros(1, k, dtype=DTYPE, device=DEVICE), None, split, low_bits)

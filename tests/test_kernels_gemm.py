@@ -49,7 +49,8 @@ def check(gemm, layout, m, n, k, split, group_size, tile, bias=True, dtype=torch
     b = b.to(dtype) if bias else None
     weight = pack_weight(packed, groups, group_size, split, layout)
     codes, act_scales = random_codes(m, k, split, m, extreme)
-    expected = w4ax_gemm_ref(codes[:, :k], act_scales, ck.integer_weight(packed, groups, group_size), scale, split, b, dtype)
+    integers = ck.integer_weight(packed, groups, group_size)
+    expected = w4ax_gemm_ref(codes[:, :k], act_scales, integers, scale, split, b, dtype)
     for _ in range(2):
         y = gemm(codes, act_scales, weight, scale, b, dtype, tile)
         assert y.shape == (m, n) and y.dtype == dtype
@@ -111,20 +112,22 @@ def fuzz_cases(count, seed):
 @needs_gpu
 def test_fuzz_triton():
     for m, n, k, split, group_size, rng in fuzz_cases(24, 0):
-        tile = rng.choice([Tile(16, 64, 3, 4, 4), Tile(32, 128, 2, 4, 3), Tile(64, 64, 1, 4, 3), Tile(128, 128, 1, 8, 3)])
+        tiles = Tile(16, 64, 3, 4, 4), Tile(32, 128, 2, 4, 3), Tile(64, 64, 1, 4, 3), Tile(128, 128, 1, 8, 3)
+        tile = rng.choice(tiles)
         dtype = rng.choice([torch.bfloat16, torch.float16, torch.float32])
         check(w4ax_gemm_triton, "triton", m, n, k, split, group_size, tile, rng.random() < 0.5, dtype)
 
 
 HOPPER_TILES = [
     Tile(8, 64, 4, 4, 8), Tile(16, 64, 3, 4, 4), Tile(16, 128, 2, 4, 16), Tile(32, 64, 5, 4, 4), Tile(64, 64, 2, 4, 4),
-    Tile(64, 128, 1, 8, 6), Tile(128, 64, 3, 4, 3), Tile(128, 128, 1, 4, 2), Tile(128, 128, 1, 8, 4),
-    Tile(256, 128, 1, 8, 3), Tile(256, 64, 2, 4, 3), Tile(128, 128, 2, 4, 3),
+    Tile(64, 128, 1, 8, 6), Tile(64, 64, 2, 4, 4, depth=4), Tile(128, 64, 3, 4, 3, depth=4),
+    Tile(128, 128, 1, 8, 4, depth=3), Tile(256, 128, 1, 8, 3, depth=2), Tile(256, 64, 2, 4, 3, depth=2),
+    Tile(128, 128, 2, 4, 3, depth=1),
 ]  # fmt: skip
 
 
 @needs_hopper
-@pytest.mark.parametrize("tile", HOPPER_TILES, ids=lambda t: f"{t.block_m}x{t.block_n}w{t.warps}")
+@pytest.mark.parametrize("tile", HOPPER_TILES, ids=lambda t: f"{t.block_m}x{t.block_n}w{t.warps}d{t.depth}")
 def test_fuzz_hopper(tile):
     from vllm_comet.kernels.w4ax_gemm_hopper import w4ax_gemm_hopper
 
@@ -134,12 +137,28 @@ def test_fuzz_hopper(tile):
     check(w4ax_gemm_hopper, "hopper", 9, 192, 1024, 512, 128, tile, extreme=True)
 
 
+SMALL_TILES = [Tile(8, 16, 1, 8, 4, small=True), Tile(8, 32, 1, 8, 8, small=True), Tile(16, 64, 1, 16, 4, small=True),
+               Tile(16, 32, 1, 16, 2, small=True), Tile(32, 64, 1, 8, 4, small=True),
+               Tile(64, 64, 1, 8, 2, small=True)]  # fmt: skip
+
+
+@needs_hopper
+@pytest.mark.parametrize("tile", SMALL_TILES, ids=lambda t: f"{t.block_m}x{t.block_n}w{t.warps}")
+def test_fuzz_hopper_small(tile):
+    from vllm_comet.kernels.w4ax_gemm_hopper_small import w4ax_gemm_hopper_small
+
+    for m, n, k, split, group_size, rng in fuzz_cases(12, tile.block_m * tile.block_n + tile.warps):
+        dtype = rng.choice([torch.bfloat16, torch.float16, torch.float32])
+        check(w4ax_gemm_hopper_small, "hopper", m, n, k, split, group_size, tile, rng.random() < 0.5, dtype)
+    check(w4ax_gemm_hopper_small, "hopper", 5, 192, 1024, 384, -1, tile, extreme=True)
+
+
 @needs_hopper
 def test_hopper_refuses_tiles():
     from vllm_comet.kernels.w4ax_gemm_hopper import constants
 
     with pytest.raises(ValueError, match="shared memory"):
-        constants(Tile(256, 128, 1, 8, 8), 32, 1, 128, True)
+        constants(Tile(256, 128, 1, 8, 8, depth=2), 32, 1, 128, True)
     with pytest.raises(ValueError, match="block_n"):
         constants(Tile(128, 256, 1, 8, 3), 32, 1, 128, True)
 

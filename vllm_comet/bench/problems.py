@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers that the GEMM benchmarks run: shapes of known models, random operands, and the exact expected output."""
+"""Linear layers that the GEMM benchmarks run: shapes of known models, random operands, the exact expected output."""
 
 from __future__ import annotations
 

@@ -13,17 +13,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from vllm_comet.bench import problems, timing
+from vllm_comet.kernels import ops
 from vllm_comet.kernels import tiles as tile_tables
 from vllm_comet.kernels.tiles import Entry, Tile
-from vllm_comet.kernels.w4ax_gemm import hopper_kernel_supported, w4ax_gemm_triton
+from vllm_comet.kernels.w4ax_gemm import hopper_kernel_supported
 
-DEFAULT_M = (1, 16, 32, 64, 128, 256, 512, 1024, 4096)
+DEFAULT_M = (8, 16, 32, 64, 128, 256, 1024, 4096)
 
 
 def candidates(layout: str, n: int, k: int, m: int) -> list[Tile]:
@@ -32,27 +32,40 @@ def candidates(layout: str, n: int, k: int, m: int) -> list[Tile]:
 
 
 def _splits(n: int, k: int, m: int, block_m: int, block_n: int) -> list[int]:
-    """1, and divisors of the number of K blocks that leave 4 or more blocks a slice and at most 6 programs an SM."""
-    blocks, programs = k // 128, -(-n // block_n) * -(-m // block_m)
+    """The three finest cuts of K in equal slices of 4 blocks or more, with 4 programs a multiprocessor or less."""
+    blocks, programs = -(-k // 128), -(-n // block_n) * -(-m // block_m)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    return [s for s in range(1, 29) if s == 1 or (blocks % s == 0 and blocks // s >= 4 and programs * s <= 6 * processors)]
+    fits = [s for s in range(2, 29) if blocks % s == 0 and blocks // s >= 4 and programs * s <= 4 * processors]
+    return [1, *fits][-3:]
+
+
+def _small_candidates(m: int) -> list[Tile]:
+    """Tiles of Hopper's kernel for few tokens, with the stages that leave room for three programs, two, or one."""
+    block_m = max(8, 1 << (m - 1).bit_length())
+    tiles = []
+    for rows, warps in [(16, 8), (32, 8), (32, 16), (64, 8), (64, 16)]:
+        stage = warps // (rows // 16) * (block_m * 128 + rows * 66)
+        sums = 8 * warps * 16 * block_m
+        fits = {min(8, (room - sums) // stage) for room in (72_000, 110_000, 220_000)}
+        tiles += [Tile(block_m, rows, 1, warps, stages, small=True) for stages in sorted(fits) if stages > 1]
+    return tiles
 
 
 def _hopper_candidates(n: int, k: int, m: int) -> list[Tile]:
-    if m <= 16:
-        forms = [(8 if m <= 8 else 16, rows, 4, stages) for rows in (64, 128) for stages in (4, 8, 16)]
-    elif m <= 32:
-        forms = [(32, rows, 4, stages) for rows in (64, 128) for stages in (4, 8)]
+    """Forms are (block_m, block_n, warps, stages, depth)."""
+    if m > 256:
+        forms = [(128, 128, 4, 3, 1), (128, 128, 8, 5, 2), (256, 128, 8, 3, 2)]
+        return [Tile(f[0], f[1], 1, *f[2:4], group, f[4]) for f in forms for group in (8, 16)]
+    block_m = max(8, min(64, 1 << (m - 1).bit_length()))
+    if m <= 32:
+        forms = [(block_m, 64, 4, 8, 0), (block_m, 128, 4, 8, 0)]
     elif m <= 64:
-        forms = [(64, 64, 4, 4), (64, 64, 4, 8), (64, 128, 4, 4), (64, 128, 8, 6)]
-    elif m <= 256:
-        forms = [(64, 64, 4, 4), (64, 128, 4, 4), (128, 64, 4, 4), (128, 128, 8, 4), (128, 128, 4, 3)]
-        forms += [(256, 64, 4, 4), (256, 128, 8, 3)] if m > 128 else []
+        forms = [(64, 128, 4, 4, 0), (64, 64, 4, 8, 4), (64, 128, 4, 4, 3)]
     else:
-        forms = [(128, 128, 4, 3), (128, 128, 8, 5), (256, 64, 4, 3), (256, 128, 8, 3)]
-        splits = (1, 2) if m < 2048 else (1,)
-        return [Tile(*form[:2], split, *form[2:], group) for form in forms for group in (4, 8, 16) for split in splits]
-    return [Tile(bm, bn, split, warps, stages) for bm, bn, warps, stages in forms for split in _splits(n, k, m, bm, bn)]
+        forms = [(64, 64, 4, 4, 4), (64, 128, 4, 4, 3), (128, 64, 4, 4, 4), (128, 128, 8, 4, 4)]
+        forms += [(256, 128, 8, 3, 2)] if m > 128 else []
+    split = [Tile(f[0], f[1], s, *f[2:4], 8, f[4]) for f in forms for s in _splits(n, k, m, f[0], f[1])]
+    return split + (_small_candidates(m) if m <= 64 else [])
 
 
 def _triton_candidates(n: int, k: int, m: int) -> list[Tile]:
@@ -63,18 +76,10 @@ def _triton_candidates(n: int, k: int, m: int) -> list[Tile]:
     return [Tile(bm, 128, 1, warps, stages) for bm, warps in ((64, 4), (128, 8)) for stages in (3, 4)]
 
 
-def gemm(layout: str) -> Callable[..., torch.Tensor]:
-    """The kernel that reads weights of ``layout``."""
-    if layout == "triton":
-        return w4ax_gemm_triton
-    from vllm_comet.kernels.w4ax_gemm_hopper import w4ax_gemm_hopper
-
-    return w4ax_gemm_hopper
-
-
 def run(problem: problems.Problem, tile: Tile, weight: problems.KernelWeight | None = None) -> torch.Tensor:
     weight = weight or problem.weight
-    return gemm(weight.layout)(problem.codes, problem.act_scales, weight, problem.weight_scale, None, torch.bfloat16, tile)
+    kernel = ops.gemm_kernel(weight.layout, tile)
+    return kernel(problem.codes, problem.act_scales, weight, problem.weight_scale, None, torch.bfloat16, tile)
 
 
 def check(problem: problems.Problem, expected: torch.Tensor, tile: Tile) -> str | None:
@@ -100,6 +105,7 @@ def _check_worker(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     index, stride = (int(part) for part in args.check_worker.split("/"))
     jobs = [(n, k, m, tile) for n, k in args.shapes for m in args.m for tile in candidates(args.layout, n, k, m)]
+    jobs.sort(key=lambda job: job[3].small)  # one kernel after the other: a fault ends the process
     cached: tuple[object, ...] = ()
     for n, k, m, tile in jobs[index::stride]:
         if cached[:3] != (n, k, m):
@@ -126,7 +132,7 @@ def checked_jobs(argv: list[str], processes: int) -> dict[tuple[int, int, int], 
             else:
                 print(f"dropped {n}x{k} M={m} {tile}: {wrong}", file=sys.stderr)
         if worker.returncode:
-            print(f"a check worker ended with {worker.returncode}; its remaining tiles are not measured", file=sys.stderr)
+            print(f"a check worker ended with {worker.returncode}: its other tiles are left out", file=sys.stderr)
     return right
 
 
@@ -149,6 +155,7 @@ def main(argv: list[str]) -> int:
     if args.check_worker:
         return _check_worker(args)
     name = torch.cuda.get_device_name(device)
+    out = args.out or tile_tables.TABLES / f"{tile_tables.table_name(name)}.json"
     entries, log = [], []
     for (n, k, m), right in sorted(checked_jobs(argv, args.processes).items()):
         weight = problems.random_weight(n, k, args.group_size, problems.low_channels(k), args.layout)
@@ -157,10 +164,10 @@ def main(argv: list[str]) -> int:
         measured = sorted(((time_us(problem, tile, copies), tile) for tile in right), key=lambda pair: pair[0])
         best, tile = measured[0]
         entries.append(Entry(n, k, m, tile))
+        tile_tables.save_table(out, name, args.layout, entries)
         log += [{"n": n, "k": k, "m": m, "us": us, "tile": t.to_dict()} for us, t in measured]
-        nexts = "  ".join(f"{us:.1f} {t.block_m}x{t.block_n}/{t.split} w{t.warps} s{t.stages} g{t.group_n}" for us, t in measured[1:4])
-        print(f"{n}x{k} M={m}: {best:.2f} us {tile}  next: {nexts}", flush=True)
-    tile_tables.save_table(args.out or tile_tables.TABLES / f"{tile_tables.table_name(name)}.json", name, args.layout, entries)
+        others = ", ".join(f"{us:.2f}" for us, _ in measured[1:4])
+        print(f"{n}x{k} M={m}: {best:.2f} us {tile}, next {others}", flush=True)
     if args.log:
         args.log.write_text("".join(json.dumps(row) + "\n" for row in log))
     return 0

@@ -22,7 +22,7 @@ MAX_K = 131072
 MAX_NORM_K = 16384
 
 
-# ---------------------------------------------------------------------------------------------------------- references
+# ----------------------------------------------------------------------------------------------------------- references
 def quantize_activation_ref(
     x: torch.Tensor, perm: torch.Tensor | None, split: int, low_bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,7 +71,7 @@ def silu_mul_quantize_ref(
     return quantize_activation_ref(gate * torch.sigmoid(gate) * up, perm, split, low_bits)
 
 
-# ------------------------------------------------------------------------------------------------------------- kernels
+# -------------------------------------------------------------------------------------------------------------- kernels
 @triton.jit
 def _wait_for_inputs(PDL: tl.constexpr):
     """Under programmatic dependent launch: let the next kernel start its own prologue, then wait for our inputs."""
@@ -160,7 +160,7 @@ def _silu_mul_kernel(
     _store_codes(v, col, row, codes_ptr, scales_ptr, K, k_pad, split, LOW_QMAX, TWO)
 
 
-# ----------------------------------------------------------------------------------------------------------- launchers
+# ------------------------------------------------------------------------------------------------------------ launchers
 def padded_k(k: int) -> int:
     return -(-k // K_ALIGN) * K_ALIGN
 

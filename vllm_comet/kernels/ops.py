@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from vllm_comet.kernels import act_quant
-from vllm_comet.kernels.tiles import choose_tile
+from vllm_comet.kernels.tiles import Tile, choose_tile
 from vllm_comet.kernels.w4ax_gemm import (
     BLOCK,
     KernelWeight,
@@ -55,16 +55,25 @@ def w4ax_linear(
         weight.group_size, weight.split, weight.layout, out_dtype)  # fmt: skip
 
 
+def gemm_kernel(layout: str, tile: Tile) -> Callable[..., torch.Tensor]:
+    """The launcher that reads weights of ``layout`` and takes ``tile``."""
+    if layout == "triton":
+        return w4ax_gemm_triton
+    if tile.small:  # imported here, because Gluon's modules need a Triton that has it
+        from vllm_comet.kernels.w4ax_gemm_hopper_small import w4ax_gemm_hopper_small
+
+        return w4ax_gemm_hopper_small
+    from vllm_comet.kernels.w4ax_gemm_hopper import w4ax_gemm_hopper
+
+    return w4ax_gemm_hopper
+
+
 # ------------------------------------------------------------------------------------------------------ implementations
 def _w4ax_linear_cuda(codes, act_scales, packed, group_scale, counters, weight_scale, bias, n, k, group_size, split,
                       layout, out_dtype):  # fmt: skip
     weight = KernelWeight(packed, group_scale, counters, n, k, group_size, split, layout)
     tile = choose_tile(codes.device, layout, n, k, codes.shape[0])
-    if layout == "hopper":
-        from vllm_comet.kernels.w4ax_gemm_hopper import w4ax_gemm_hopper
-
-        return w4ax_gemm_hopper(codes, act_scales, weight, weight_scale, bias, out_dtype, tile)
-    return w4ax_gemm_triton(codes, act_scales, weight, weight_scale, bias, out_dtype, tile)
+    return gemm_kernel(layout, tile)(codes, act_scales, weight, weight_scale, bias, out_dtype, tile)
 
 
 def _w4ax_linear_cpu(codes, act_scales, packed, group_scale, counters, weight_scale, bias, n, k, group_size, split,

@@ -29,7 +29,9 @@ class Tile:
     """Launch parameters of one GEMM tile.
 
     block_m tokens × block_n weight rows, K cut in ``split`` slices (0: as many as fill the multiprocessors), ``warps``,
-    ``stages`` of prefetched K blocks, ``group_n`` weight tiles that run side by side over the same tokens.
+    ``stages`` of prefetched K blocks, ``group_n`` weight tiles that run side by side over the same tokens. On
+    Hopper, ``depth`` weight blocks wait in registers (0: in the stages, with the activations); ``small``
+    picks Hopper's kernel for few tokens, which shares K out among a program's warps and has no ``split``.
     """
 
     block_m: int
@@ -38,8 +40,10 @@ class Tile:
     warps: int
     stages: int
     group_n: int = 8
+    depth: int = 0
+    small: bool = False
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, int | bool]:
         return asdict(self)
 
 
@@ -107,6 +111,6 @@ def choose_tile(device: torch.device, layout: str, n: int, k: int, m: int) -> Ti
         name, processors = device.type, 1
     entry = nearest(table_for(name, layout), n, k, max(m, 1))
     tile = entry.tile
-    if tile.split == 0 or (entry.n, entry.k) != (n, k):
+    if not tile.small and (tile.split == 0 or (entry.n, entry.k) != (n, k)):
         tile = replace(tile, split=auto_split(tile, n, k, max(m, 1), processors))
     return tile

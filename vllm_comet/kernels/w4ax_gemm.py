@@ -30,7 +30,7 @@ MAX_SPLIT_TILES = 2048
 PACK_SLICE_BYTES = 1 << 26
 
 
-# ----------------------------------------------------------------------------------------------------------- reference
+# ------------------------------------------------------------------------------------------------------------ reference
 def w4ax_gemm_ref(
     codes: torch.Tensor,
     act_scales: torch.Tensor,
@@ -54,7 +54,7 @@ def w4ax_gemm_ref(
     return y.to(out_dtype)
 
 
-# --------------------------------------------------------------------------------------------------------- weight layout
+# -------------------------------------------------------------------------------------------------------- weight layout
 @dataclass(frozen=True)
 class KernelWeight:
     """A weight ``[N, K]`` in the layout of its kernel.
@@ -97,7 +97,8 @@ def pack_weight(
     if split % BLOCK and split != k or not 0 <= split <= k:
         raise ValueError(f"split is {split}; allowed: multiples of {BLOCK} up to K = {k}, or K.")
     if (weight_group_scale is None) != (group_size == -1):
-        raise ValueError(f"group_size is {group_size}: weight_group_scale must be {'absent' if group_size == -1 else 'given'}.")
+        wanted = "absent" if group_size == -1 else "given"
+        raise ValueError(f"group_size is {group_size}: weight_group_scale must be {wanted}.")
     if layout is None:
         layout = "hopper" if hopper_kernel_supported(weight_packed.device) else "triton"
     tiles, blocks = padded_rows(n) // TILE_ROWS, num_blocks(k)
@@ -156,7 +157,7 @@ def _pack_group_scale(scale: torch.Tensor | None, n: int, k: int, group_size: in
     return out
 
 
-# -------------------------------------------------------------------------------------------------------------- kernel
+# --------------------------------------------------------------------------------------------------------------- kernel
 @triton.jit
 def _unpack(words, scale, HIGH: tl.constexpr, GROUPS: tl.constexpr, ASM: tl.constexpr):
     """Low or high nibbles of int8 ``words`` → the integer weight g·(q−8), int8.
@@ -255,8 +256,7 @@ def _w4ax_kernel(
         if middle > first:
             tl.store(slots + piece * (BN * BM) + cell, low)
         if TWO:
-            if end > middle:
-                tl.store(slots + (piece + 1) * (BN * BM) + cell, high)
+            tl.store(slots + (piece + 1) * (BN * BM) + cell, high, mask=(cell >= 0) & (end > middle))
         tl.debug_barrier()
         arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
         if arrived == SPLIT - 1:
@@ -274,7 +274,7 @@ def _w4ax_kernel(
             _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, TWO, BIAS)
 
 
-# ------------------------------------------------------------------------------------------------------------ launcher
+# ------------------------------------------------------------------------------------------------------------- launcher
 def split_k(tile: Tile, tiles: int, blocks: int) -> int:
     """Slices of K that ``tile`` may use for this many output tiles: none empty, never more counters than there are."""
     if tiles > MAX_SPLIT_TILES:

@@ -31,7 +31,7 @@ tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_glob
 cta_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
-# ----------------------------------------------------------------------------------------------------------- layouts
+# -------------------------------------------------------------------------------------------------------------- layouts
 @gluon.constexpr_function
 def _mma_layout(BM, WARPS):
     return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[WARPS, 1], instr_shape=[16, min(BM, 128), 32])
@@ -57,7 +57,7 @@ def _scale_line(R):
     return max(64 * R, 128)
 
 
-# ------------------------------------------------------------------------------------------------------------- unpacking
+# ------------------------------------------------------------------------------------------------------------ unpacking
 @gluon.jit
 def _fragment(words, R: gl.constexpr, dot: gl.constexpr):
     """int32 words ``[R, 4, 256]`` → ``[64·R, 64]`` in A-fragment order, each word repeated for its four channels."""
@@ -68,13 +68,14 @@ def _fragment(words, R: gl.constexpr, dot: gl.constexpr):
 
 
 @gluon.jit
-def _unpack(words, scale, HIGH: gl.constexpr, GROUPS: gl.constexpr):
+def unpack(words, scale, HIGH: gl.constexpr, GROUPS: gl.constexpr):
     """Low or high nibbles of a register of 8 → four int8 weights g·(q−8); as ``w4ax_gemm._unpack``, same source."""
     if GROUPS == 0:
-        signed: gl.constexpr = "and.b32 $0, $1, 0xF0F0F0F0;" if HIGH else "{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }"
-        return gl.inline_asm_elementwise(signed, "=r,r,r,r,r", [words], dtype=gl.int8, is_pure=True, pack=4)
+        shift: gl.constexpr = "mov.b32 t, $1;" if HIGH else "shl.b32 t, $1, 4;"
+        times16: gl.constexpr = "{ .reg .b32 t; " + shift + " and.b32 $0, t, 0xF0F0F0F0; }"
+        return gl.inline_asm_elementwise(times16, "=r,r,r,r,r", [words], dtype=gl.int8, is_pure=True, pack=4)
     else:
-        s = gl.expand_dims(scale.to(gl.int32), 1)
+        s = gl.expand_dims(scale.to(gl.int32), len(scale.shape))
         offset = s * -134744072 - 2139062144  # 0x80808080 − s · 0x08080808
         nibble: gl.constexpr = "shr.u32 t, $1, 4; and.b32 t, t, 0x0F0F0F0F;" if HIGH else "and.b32 t, $1, 0x0F0F0F0F;"
         scaled: gl.constexpr = "{ .reg .b32 t; " + nibble + " mad.lo.u32 t, t, $5, $9; xor.b32 $0, t, 0x80808080; }"
@@ -82,7 +83,7 @@ def _unpack(words, scale, HIGH: gl.constexpr, GROUPS: gl.constexpr):
                                          is_pure=True, pack=4)
 
 
-# -------------------------------------------------------------------------------------------------------------- pipeline
+# ------------------------------------------------------------------------------------------------------------- pipeline
 @gluon.jit
 def _fetch_weights(w_desc, g_desc, w_ring, g_ring, w_full, g_full, slot, tile_n, block, n_pad, pred,
                    R: gl.constexpr, GROUPS: gl.constexpr):  # fmt: skip
@@ -118,11 +119,11 @@ def _dot_blocks(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, 
         if GROUPS > 1:
             g_high = g_ring.index(slot * GROUPS + 1).slice(0, 64 * R).load(gl.SliceLayout(1, dot))
         x = x_ring.index(slot).permute([1, 0])
-        low = _unpack(words, g_low, False, GROUPS)
+        low = unpack(words, g_low, False, GROUPS)
         mbarrier.wait(x_full.index(slot), phase)
         acc = warpgroup_mma(low, x.slice(0, 64, dim=0), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
-        high = _unpack(words, g_high, True, GROUPS)
+        high = unpack(words, g_high, True, GROUPS)
         if REFILL:  # every warp is done with block i − 1 here: its stage takes block i − 1 + STAGES
             cta_barrier()
             refill = (i >= 1) & (i - 1 + STAGES < blocks)
@@ -169,28 +170,27 @@ def _load_block(w_ptr, g_ptr, words_at, scales_at, block, n_pad, pred, GROUPS: g
 
 
 @gluon.jit
-def _dot_blocks_direct(x_desc, x_ring, x_full, w_ptr, g_ptr, words_at, scales_at, now, ahead, first, end, blocks, block0,
+def _dot_blocks_direct(x_desc, x_ring, x_full, w_ptr, g_ptr, words_at, scales_at, queue, first, end, blocks, block0,
                        tile_m, n_pad, R: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
-                       GROUPS: gl.constexpr, REFILL: gl.constexpr):  # fmt: skip
-    """As ``_dot_blocks``, weights loaded two blocks ahead into registers: ``now`` and ``ahead`` are blocks ``first`` and
-    ``first + 1`` from ``_load_block``. Returns the sum and the two blocks that follow."""
+                       GROUPS: gl.constexpr, DEPTH: gl.constexpr, REFILL: gl.constexpr):  # fmt: skip
+    """As ``_dot_blocks``, weights loaded DEPTH blocks ahead into registers: ``queue`` holds blocks ``first`` and on, as
+    ``_load_block`` gives them. Returns the sum and the queue for ``end``."""
     mma: gl.constexpr = _mma_layout(BM, WARPS)
     dot: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
-    words, g_low, g_high = now
-    words1, g_low1, g_high1 = ahead
     acc = gl.zeros([64 * R, BM], gl.int32, mma)
     for i in range(first, end):
         slot = i % STAGES
+        words, g_low, g_high = queue[0]
         fragment = _fragment(words, R, dot)
-        low = _unpack(fragment, g_low, False, GROUPS)
+        low = unpack(fragment, g_low, False, GROUPS)
         mbarrier.wait(x_full.index(slot), (i // STAGES) & 1)
         x = x_ring.index(slot).permute([1, 0])
         acc = warpgroup_mma(low, x.slice(0, 64, dim=0), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
-        high = _unpack(fragment, g_high, True, GROUPS)
-        words, g_low, g_high = words1, g_low1, g_high1
-        words1, g_low1, g_high1 = _load_block(w_ptr, g_ptr, words_at, scales_at, block0 + i + 2, n_pad, i + 2 < blocks,
-                                              GROUPS)
+        high = unpack(fragment, g_high, True, GROUPS)
+        ahead = i + DEPTH
+        queue = queue[1:] + (_load_block(w_ptr, g_ptr, words_at, scales_at, block0 + ahead, n_pad, ahead < blocks,
+                                         GROUPS),)
         if REFILL:
             cta_barrier()
             refill = (i >= 1) & (i - 1 + STAGES < blocks)
@@ -199,10 +199,9 @@ def _dot_blocks_direct(x_desc, x_ring, x_full, w_ptr, g_ptr, words_at, scales_at
             tma_load(x_desc, [tile_m * BM, block * 128], x_full.index(free), x_ring.index(free), pred=refill)
         acc = warpgroup_mma(high, x.slice(64, 64, dim=0), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])
-    return warpgroup_mma_wait(0, deps=[acc]), (words, g_low, g_high), (words1, g_low1, g_high1)
+    return warpgroup_mma_wait(0, deps=[acc]), queue
 
 
-# ---------------------------------------------------------------------------------------------------------------- kernel
 @gluon.jit
 def _add_slots(total, slots, cell, first, end, skip, SPLIT: gl.constexpr):
     """``total`` plus the sums in slots ``first .. end`` except ``skip``."""
@@ -221,8 +220,8 @@ def _add_slots(total, slots, cell, first, end, skip, SPLIT: gl.constexpr):
 def _w4ax_kernel(x_desc, w, g, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, n_pad, blocks_k,
                  low_blocks, R: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr, GROUP_N: gl.constexpr,
                  WARPS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REFILL: gl.constexpr,
-                 DIRECT: gl.constexpr, TWO: gl.constexpr, STASH: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
-    """``w`` and ``g`` are tensor maps, or pointers if DIRECT."""
+                 DEPTH: gl.constexpr, TWO: gl.constexpr, STASH: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+    """``w`` and ``g`` are tensor maps, or pointers if DEPTH."""
     BN: gl.constexpr = 64 * R
     mma: gl.constexpr = _mma_layout(BM, WARPS)
     tile, piece = gl.program_id(0), gl.program_id(1)
@@ -240,7 +239,7 @@ def _w4ax_kernel(x_desc, w, g, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, coun
     x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(x_full.index(slot), count=1)
-    if DIRECT:
+    if DEPTH > 0:
         layout: gl.constexpr = _words_layout(R, WARPS)
         row = gl.arange(0, R, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
         quarter = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
@@ -251,8 +250,9 @@ def _w4ax_kernel(x_desc, w, g, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, coun
         if GROUPS > 0:
             scales_at = gl.arange(0, BN, layout=gl.SliceLayout(1, gl.DotOperandLayout(0, mma, 4)))
             g += tile_n * BN
-        now = _load_block(w, g, words_at, scales_at, block0, n_pad, True, GROUPS)
-        ahead = _load_block(w, g, words_at, scales_at, block0 + 1, n_pad, blocks > 1, GROUPS)
+        queue = (_load_block(w, g, words_at, scales_at, block0, n_pad, True, GROUPS),)
+        for i in gl.static_range(1, DEPTH):
+            queue = queue + (_load_block(w, g, words_at, scales_at, block0 + i, n_pad, i < blocks, GROUPS),)
     else:
         w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, R, 4, 256], w.layout)
         w_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -274,9 +274,9 @@ def _w4ax_kernel(x_desc, w, g, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, coun
         tma_load(x_desc, [tile_m * BM, (block0 + slot) * 128], x_full.index(slot), x_ring.index(slot),
                  pred=slot < blocks)
 
-    if DIRECT:
-        low, now, ahead = _dot_blocks_direct(x_desc, x_ring, x_full, w, g, words_at, scales_at, now, ahead, 0, middle,
-                                             blocks, block0, tile_m, n_pad, R, BM, WARPS, STAGES, GROUPS, REFILL)
+    if DEPTH > 0:
+        low, queue = _dot_blocks_direct(x_desc, x_ring, x_full, w, g, words_at, scales_at, queue, 0, middle, blocks,
+                                        block0, tile_m, n_pad, R, BM, WARPS, STAGES, GROUPS, DEPTH, REFILL)
     else:
         low = _dot_blocks(x_desc, w, g, x_ring, w_ring, g_ring, x_full, w_full, g_full, 0, middle, blocks, block0,
                           tile_m, tile_n, n_pad, R, BM, WARPS, STAGES, GROUPS, REFILL)
@@ -285,10 +285,10 @@ def _w4ax_kernel(x_desc, w, g, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, coun
         if STASH:  # two accumulators don't fit in the registers: the first waits in shared memory
             swizzle: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=1, max_phase=8, order=[1, 0])
             stash = gl.allocate_shared_memory(gl.int32, [BN, BM], swizzle, value=low)
-        if DIRECT:
-            high, now, ahead = _dot_blocks_direct(x_desc, x_ring, x_full, w, g, words_at, scales_at, now, ahead, middle,
-                                                  blocks, blocks, block0, tile_m, n_pad, R, BM, WARPS, STAGES, GROUPS,
-                                                  REFILL)
+        if DEPTH > 0:
+            high, queue = _dot_blocks_direct(x_desc, x_ring, x_full, w, g, words_at, scales_at, queue, middle, blocks,
+                                             blocks, block0, tile_m, n_pad, R, BM, WARPS, STAGES, GROUPS, DEPTH,
+                                             REFILL)
         else:
             high = _dot_blocks(x_desc, w, g, x_ring, w_ring, g_ring, x_full, w_full, g_full, middle, blocks, blocks,
                                block0, tile_m, tile_n, n_pad, R, BM, WARPS, STAGES, GROUPS, REFILL)
@@ -307,8 +307,7 @@ def _w4ax_kernel(x_desc, w, g, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, coun
         if middle > 0:
             gl.store(slots + piece * (BN * BM) + cell, low)
         if TWO:
-            if blocks > middle:
-                gl.store(slots + (piece + 1) * (BN * BM) + cell, high)
+            gl.store(slots + (piece + 1) * (BN * BM) + cell, high, mask=(cell >= 0) & (blocks > middle))
         cta_barrier()
         arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
         if arrived == SPLIT - 1:
@@ -321,36 +320,34 @@ def _w4ax_kernel(x_desc, w, g, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, coun
             _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, BM, WARPS, TWO, BIAS)
 
 
-# -------------------------------------------------------------------------------------------------------------- launcher
+# ------------------------------------------------------------------------------------------------------------- launcher
 SHARED_MEMORY = 232448  # bytes a program may use on Hopper
-DIRECT_MIN_M = 128  # tiles of this many tokens load weights straight into registers
 
 
 def constants(tile: Tile, blocks: int, split: int, group_size: int, two: bool) -> dict[str, int | bool]:
     """The kernel's compile-time parameters for ``tile``; raises ValueError if they don't fit in shared memory.
 
-    Large tiles load weights straight into registers: through shared memory they would compete with the activations
-    that wgmma reads there. Small ones keep as many weights in flight as shared memory holds.
+    Large tiles do best with weights loaded straight into registers, ``depth`` blocks ahead: through shared memory they
+    would compete with the activations that wgmma reads there.
     """
     r, groups = tile.block_n // TILE_ROWS, 0 if group_size == -1 else BLOCK // group_size
     per_piece = -(-blocks // split)
-    direct = tile.block_m >= DIRECT_MIN_M
-    if direct and tile.block_n > PAD_ROWS:
-        raise ValueError(f"{tile}: block_n is at most {PAD_ROWS} for tiles of {DIRECT_MIN_M} tokens or more.")
+    if tile.block_n > PAD_ROWS:
+        raise ValueError(f"{tile}: block_n is at most {PAD_ROWS}.")
     stash = two and tile.block_n * tile.block_m >= 128 * 32 * tile.warps
     stages = min(tile.stages, per_piece)
-    stage_bytes = tile.block_m * 128 + 8 + (0 if direct else r * 4096 + groups * max(64 * r, 128) + 16)
+    stage_bytes = tile.block_m * 128 + 8 + (0 if tile.depth else r * 4096 + groups * max(64 * r, 128) + 16)
     used = stages * stage_bytes + (4 * tile.block_n * tile.block_m if stash else 0)
     if used > SHARED_MEMORY:
         raise ValueError(f"{tile} needs {used} bytes of shared memory; Hopper has {SHARED_MEMORY}. Use fewer stages.")
     return dict(R=r, BM=tile.block_m, SPLIT=split, GROUP_N=tile.group_n, WARPS=tile.warps, STAGES=stages, GROUPS=groups,
-                REFILL=per_piece > stages, DIRECT=direct, TWO=two, STASH=stash)
+                REFILL=per_piece > stages, DEPTH=tile.depth, TWO=two, STASH=stash)
 
 
 def operands(
     codes: torch.Tensor, weight: KernelWeight, tile: Tile, direct: bool
 ) -> tuple[TensorDescriptor, TensorDescriptor | torch.Tensor, TensorDescriptor | torch.Tensor | None]:
-    """Tensor maps of activations ``[M, Kpad]``, weights ``[tiles, 4·blocks, 256]`` and scales (flat), or the tensors."""
+    """Tensor maps of activations ``[M, Kpad]``, weights ``[tiles, 4·blocks, 256]`` and flat scales, or the tensors."""
     packed, r = weight.packed, tile.block_n // TILE_ROWS
     blocks = packed.shape[1]
     swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
@@ -386,7 +383,7 @@ def w4ax_gemm_hopper(
     partial = torch.empty(cells, dtype=torch.int32, device=codes.device)
     parameters = constants(tile, blocks, split, weight.group_size, weight.split < weight.k)
     _w4ax_kernel[(tiles, split)](
-        *operands(codes, weight, tile, parameters["DIRECT"]), act_scales, weight_scale, bias, y, partial,
+        *operands(codes, weight, tile, tile.depth > 0), act_scales, weight_scale, bias, y, partial,
         weight.counters, m, weight.n, weight.packed.shape[0] * TILE_ROWS, blocks, -(-weight.split // BLOCK),
         **parameters, BIAS=bias is not None, num_warps=tile.warps, enable_fp_fusion=False, launch_pdl=True)  # fmt: skip
     return y

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``comet-bench gemm``: the W4Ax GEMM beside cuBLAS, FP8 and vLLM's quantised linear layers, in one run on one GPU.
+
+Two times a row: the matrix product alone, and with the activation quantisation that its mode needs before it. Up to
+M 256, both are taken from CUDA-graph replays over copies of the weight that together exceed the L2, as a model's layers
+do; above, from calls that wait in a stream. Every mode's output is first compared with its own reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_comet.bench import problems, timing
+from vllm_comet.kernels import ops
+from vllm_comet.kernels.tiles import table_name
+
+DEFAULT_M = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
+BASELINE = "cublas-bf16"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One mode on one problem. ``product(i)`` multiplies with weight copy i, ``with_quant(i)`` quantises x first.
+
+    error: relative distance ‖y − reference‖ / ‖reference‖ from that mode's own reference; limit: what it may be.
+    """
+
+    mode: str
+    copies: int
+    product: Callable[[int], Any]
+    with_quant: Callable[[int], Any]
+    error: float
+    limit: float
+
+
+def relative_error(y: torch.Tensor, reference: torch.Tensor) -> float:
+    """‖y − reference‖ / ‖reference‖ in float32; NaN stays NaN and passes no limit."""
+    return float((y.float() - reference.float()).norm() / reference.float().norm().clamp_min(1e-30))
+
+
+def comet(mode: str, x: torch.Tensor, n: int, k: int, copies: int, high_share: float) -> Candidate:
+    weight = problems.random_weight(n, k, problems.MODES[mode], problems.low_channels(k, high_share))
+    problem = problems.make_problem(n, k, x.shape[0], weight)
+    weights = problems.weight_copies(weight, copies)
+
+    def product(i: int) -> torch.Tensor:
+        return ops.w4ax_linear(problem.codes, problem.act_scales, weights[i], problem.weight_scale)
+
+    def with_quant(i: int) -> torch.Tensor:
+        codes, scales = torch.ops.vllm_comet.quantize_activation(problem.x, None, weight.split, 8)
+        return ops.w4ax_linear(codes, scales, weights[i], problem.weight_scale)
+
+    return Candidate(mode, copies, product, with_quant, relative_error(product(0), problem.expected()), 0.0)
+
+
+def cublas_bf16(x: torch.Tensor, weights: list[torch.Tensor]) -> Candidate:
+    reference = x[:64].float() @ weights[0].float().T
+    product = lambda i: torch.nn.functional.linear(x, weights[i])  # noqa: E731
+    return Candidate(BASELINE, len(weights), product, product, relative_error(product(0)[:64], reference), 1e-2)
+
+
+def _fused_fp8_quantize() -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None:
+    """vLLM's per-token FP8 quantisation kernel, if vLLM is importable."""
+    try:
+        from vllm._custom_ops import scaled_fp8_quant
+    except ImportError:
+        return None
+    return functools.partial(scaled_fp8_quant, use_per_token_if_dynamic=True)
+
+
+def cublas_fp8(x: torch.Tensor, weights: list[torch.Tensor]) -> Candidate:
+    """Both operands in e4m3, a scale per token and per channel (``torch._scaled_mm``)."""
+    fp8, top = torch.float8_e4m3fn, 448.0
+
+    def quantize(t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        scale = t.abs().amax(dim=1, keepdim=True).float().clamp_min(1e-12) / top
+        return (t / scale).to(fp8), scale
+
+    packed = [quantize(w) for w in weights]
+    codes, scale = quantize(x)
+    quantize_x = _fused_fp8_quantize() or torch.compile(quantize, dynamic=True)
+
+    def multiply(a: torch.Tensor, a_scale: torch.Tensor, i: int) -> torch.Tensor:
+        w, w_scale = packed[i]
+        return torch._scaled_mm(a, w.T, scale_a=a_scale, scale_b=w_scale.T, out_dtype=torch.bfloat16)
+
+    reference = (codes[:64].float() * scale[:64]) @ (packed[0][0].float() * packed[0][1]).T
+    error = relative_error(multiply(codes, scale, 0)[:64], reference)
+    return Candidate("cublas-fp8", len(weights), lambda i: multiply(codes, scale, i),
+                     lambda i: multiply(*quantize_x(x), i), error, 1e-2)
+
+
+def candidates(n: int, k: int, m: int, modes: list[str], high_share: float) -> Iterator[Candidate]:
+    """The modes one after the other, so that only one holds its weight copies at a time."""
+    cold = m <= problems.GRAPH_MAX_M
+    x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+
+    def bf16_weights(bytes_per_weight: int) -> list[torch.Tensor]:
+        copies = timing.l2_copies(n * k * bytes_per_weight) if cold else 1
+        return [torch.randn(n, k, dtype=torch.bfloat16, device="cuda") for _ in range(copies)]
+
+    for mode in modes:
+        if mode in problems.MODES:
+            yield comet(mode, x, n, k, timing.l2_copies(n * k // 2) if cold else 1, high_share)
+        elif mode == BASELINE:
+            yield cublas_bf16(x, bf16_weights(2))
+        elif mode == "cublas-fp8":
+            yield cublas_fp8(x, bf16_weights(1))
+        else:
+            from vllm_comet.bench import gemm_peers
+
+            width, make = gemm_peers.MODES[mode]
+            yield make(x, n, timing.l2_copies(int(n * k * width)) if cold else 1)
+
+
+def time_us(run: Callable[[int], Any], m: int, copies: int) -> float:
+    if m > problems.GRAPH_MAX_M:
+        return timing.stream_us(lambda: run(0), calls=5, repeats=5)
+    return timing.graph_us([functools.partial(run, i) for i in range(copies)], calls=24, repeats=5)
+
+
+def measure(candidate: Candidate, n: int, k: int, m: int) -> tuple[float, float]:
+    """Times of the product alone and with quantisation, after the check of its output."""
+    if not candidate.error <= candidate.limit:
+        raise AssertionError(f"{candidate.mode} {n}x{k} M={m}: relative error {candidate.error}, "
+                             f"allowed {candidate.limit}")
+    alone = time_us(candidate.product, m, candidate.copies)
+    same = candidate.with_quant is candidate.product
+    return alone, alone if same else time_us(candidate.with_quant, m, candidate.copies)
+
+
+def run(models: list[str], ms: list[int], modes: list[str], high_share: float, save: Callable[[list], None]) -> list:
+    """All rows; ``save`` gets those so far after every M, so that a run that is cut short leaves what it measured."""
+    rows: list[dict[str, Any]] = []
+    failed: set[str] = set()
+    jobs = [(m, model, layer, n, k) for m in ms for model in models for layer, (n, k) in problems.MODELS[model].items()]
+    for m, model, layer, n, k in jobs:
+        line = {}
+        for mode in modes:
+            if mode in failed:
+                continue
+            try:
+                for candidate in candidates(n, k, m, [mode], high_share):
+                    line[mode], with_quant = measure(candidate, n, k, m)
+            except (RuntimeError, TypeError, AttributeError) as error:
+                if mode in (BASELINE, *problems.MODES):
+                    raise
+                failed.add(mode)  # a peer that this vLLM or GPU lacks
+                print(f"{mode} is left out from here on: {str(error)[:300]}", file=sys.stderr)
+                continue
+            rows.append({"model": model, "layer": layer, "n": n, "k": k, "m": m, "mode": mode,
+                         "us": round(line[mode], 3), "us_with_quant": round(with_quant, 3)})  # fmt: skip
+        text = "  ".join(f"{mode} {us:.1f} ({line[BASELINE] / us:.2f}x)" for mode, us in line.items())
+        print(f"{model} {layer} {n}x{k} M={m}: {text}", flush=True)
+        if (layer, model) == (jobs[-1][2], jobs[-1][1]):
+            save(rows)
+            torch.cuda.empty_cache()
+    return rows
+
+
+def warm(models: list[str], ms: list[int], modes: list[str], high_share: float, worker: str) -> None:
+    """Run every ``stride``-th kernel of ours once, to fill Triton's compile cache for the run that measures."""
+    index, stride = (int(part) for part in worker.split("/"))
+    shapes = dict.fromkeys(shape for model in models for shape in problems.MODELS[model].values())
+    jobs = [(mode, shape, m) for mode in modes if mode in problems.MODES for shape in shapes for m in ms]
+    for mode, (n, k), m in jobs[index::stride]:
+        x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
+        comet(mode, x, n, k, 1, high_share).with_quant(0)
+
+
+def speedups(rows: list[dict[str, Any]], model: str, column: str) -> dict[str, dict[int, float]]:
+    """Geometric mean over the layers of ``model`` of the speed over cuBLAS bf16, by mode and M."""
+    base = {(r["layer"], r["m"]): r[column] for r in rows if r["model"] == model and r["mode"] == BASELINE}
+    logs: dict[str, dict[int, list[float]]] = {}
+    for r in rows:
+        if r["model"] == model:
+            ratio = math.log(base[r["layer"], r["m"]] / r[column])
+            logs.setdefault(r["mode"], {}).setdefault(r["m"], []).append(ratio)
+    return {mode: {m: math.exp(sum(v) / len(v)) for m, v in by_m.items()} for mode, by_m in logs.items()}
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    for model in dict.fromkeys(r["model"] for r in rows):
+        for column, title in (("us", "product alone"), ("us_with_quant", "with activation quantisation")):
+            table = speedups(rows, model, column)
+            ms = sorted({m for by_m in table.values() for m in by_m})
+            print(f"\n{model}: speed over cuBLAS bf16, {title}, geometric mean over layers")
+            print(f"{'M':20}" + "".join(f"{m:>8}" for m in ms))
+            for mode, by_m in table.items():
+                print(f"{mode:20}" + "".join(f"{by_m[m]:8.2f}" if m in by_m else " " * 8 for m in ms))
+
+
+def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
+    """Speed over cuBLAS against M, one panel a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    figure, axes = plt.subplots(1, len(models), figsize=(7 * len(models), 4.5), squeeze=False, layout="constrained")
+    for axis, model in zip(axes[0], models, strict=True):
+        for mode, by_m in speedups(rows, model, "us").items():
+            style = "o-" if mode.startswith("comet") else ".--"
+            axis.plot(sorted(by_m), [by_m[m] for m in sorted(by_m)], style, label=mode)
+        axis.set(xscale="log", xlabel="M (tokens)", ylabel="speed over cuBLAS bf16", title=f"{model}, {device}", ylim=0)
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="comet-bench gemm", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=list(problems.MODELS), nargs="*", default=list(problems.MODELS))
+    parser.add_argument("--m", type=int, nargs="*", default=list(DEFAULT_M))
+    parser.add_argument("--modes", nargs="*", help="default: all that this machine can run")
+    parser.add_argument("--high-share", type=float, default=problems.HIGH_SHARE,
+                        help="share of channels in the second activation segment (default %(default)s)")
+    parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1), help="that compile kernels first")
+    parser.add_argument("--warm-worker", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="results file; default examples/results/gemm-<gpu>.json")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.error("no CUDA GPU: this benchmark measures GPU kernels")
+    torch.manual_seed(0)
+    if args.warm_worker:
+        warm(args.model, args.m, args.modes or list(problems.MODES), args.high_share, args.warm_worker)
+        return 0
+    modes = args.modes or [BASELINE, *problems.MODES, "cublas-fp8", *_peer_modes()]
+    modes = [BASELINE, *(m for m in modes if m != BASELINE)]
+    command = [sys.executable, "-m", "vllm_comet.bench", "gemm", *argv, "--warm-worker"]
+    workers = [subprocess.Popen([*command, f"{i}/{args.processes}"]) for i in range(args.processes)]
+    if any(worker.wait() for worker in workers):
+        print("a process that compiles kernels failed; they are compiled as they are measured", file=sys.stderr)
+    environment = timing.environment()
+    out = args.out or Path("examples/results") / f"gemm-{table_name(environment['device'])}.json"
+    rows = run(args.model, args.m, modes, args.high_share, lambda rows: timing.write_results(out, rows, environment))
+    print_table(rows)
+    try:
+        plot(rows, out.with_suffix(".png"), environment["device"])
+    except ImportError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+    return 0
+
+
+def _peer_modes() -> list[str]:
+    try:
+        from vllm_comet.bench import gemm_peers
+    except ImportError as error:
+        print(f"vLLM's kernels are left out: {error}", file=sys.stderr)
+        return []
+    return list(gemm_peers.MODES)
