@@ -141,32 +141,43 @@ def measure(candidate: Candidate, n: int, k: int, m: int) -> tuple[float, float]
 
 
 def run(models: list[str], ms: list[int], modes: list[str], high_share: float, save: Callable[[list], None]) -> list:
-    """All rows; ``save`` gets those so far after every M, so that a run that is cut short leaves what it measured."""
+    """All rows; ``save`` gets those so far after every M, so that a run that is cut short leaves what it measured.
+
+    Ours and cuBLAS come first, vLLM's kernels after them: a fault of one of those must not cost the rest.
+    """
     rows: list[dict[str, Any]] = []
-    failed: set[str] = set()
-    jobs = [(m, model, layer, n, k) for m in ms for model in models for layer, (n, k) in problems.MODELS[model].items()]
-    for m, model, layer, n, k in jobs:
-        line = {}
-        for mode in modes:
-            if mode in failed:
-                continue
-            try:
-                for candidate in candidates(n, k, m, [mode], high_share):
-                    line[mode], with_quant = measure(candidate, n, k, m)
-            except (RuntimeError, TypeError, AttributeError) as error:
-                if mode in (BASELINE, *problems.MODES):
-                    raise
-                failed.add(mode)  # a peer that this vLLM or GPU lacks
-                print(f"{mode} is left out from here on: {str(error)[:300]}", file=sys.stderr)
-                continue
-            rows.append({"model": model, "layer": layer, "n": n, "k": k, "m": m, "mode": mode,
-                         "us": round(line[mode], 3), "us_with_quant": round(with_quant, 3)})  # fmt: skip
-        text = "  ".join(f"{mode} {us:.1f} ({line[BASELINE] / us:.2f}x)" for mode, us in line.items())
-        print(f"{model} {layer} {n}x{k} M={m}: {text}", flush=True)
-        if (layer, model) == (jobs[-1][2], jobs[-1][1]):
-            save(rows)
-            torch.cuda.empty_cache()
+    own = [mode for mode in modes if mode in (BASELINE, "cublas-fp8", *problems.MODES)]
+    for phase in (own, [mode for mode in modes if mode not in own]):
+        for m in ms:
+            for model, layer, n, k in layers_of(models):
+                measured = measure_all(phase, n, k, m, high_share)
+                where = {"model": model, "layer": layer, "n": n, "k": k, "m": m}
+                rows += [{**where, "mode": mode, "us": round(alone, 3), "us_with_quant": round(with_quant, 3)}
+                         for mode, (alone, with_quant) in measured.items()]  # fmt: skip
+                text = "  ".join(f"{mode} {alone:.1f}" for mode, (alone, _) in measured.items())
+                print(f"{model} {layer} {n}x{k} M={m} us: {text}", flush=True)
+            if phase:
+                save(rows)
+                torch.cuda.empty_cache()
     return rows
+
+
+def layers_of(models: list[str]) -> list[tuple[str, str, int, int]]:
+    return [(model, layer, n, k) for model in models for layer, (n, k) in problems.MODELS[model].items()]
+
+
+def measure_all(modes: list[str], n: int, k: int, m: int, high_share: float) -> dict[str, tuple[float, float]]:
+    """Times by mode. A peer that this GPU or vLLM lacks, or that is wrong, is named on stderr and left out."""
+    measured = {}
+    for mode in modes:
+        try:
+            for candidate in candidates(n, k, m, [mode], high_share):
+                measured[mode] = measure(candidate, n, k, m)
+        except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+            if mode in (BASELINE, *problems.MODES):
+                raise
+            print(f"{mode} {n}x{k} M={m} is left out: {str(error)[:200]}", file=sys.stderr)
+    return measured
 
 
 def warm(models: list[str], ms: list[int], modes: list[str], high_share: float, worker: str) -> None:
@@ -184,7 +195,7 @@ def speedups(rows: list[dict[str, Any]], model: str, column: str) -> dict[str, d
     base = {(r["layer"], r["m"]): r[column] for r in rows if r["model"] == model and r["mode"] == BASELINE}
     logs: dict[str, dict[int, list[float]]] = {}
     for r in rows:
-        if r["model"] == model:
+        if r["model"] == model and (r["layer"], r["m"]) in base:
             ratio = math.log(base[r["layer"], r["m"]] / r[column])
             logs.setdefault(r["mode"], {}).setdefault(r["m"], []).append(ratio)
     return {mode: {m: math.exp(sum(v) / len(v)) for m, v in by_m.items()} for mode, by_m in logs.items()}

@@ -256,7 +256,8 @@ def _w4ax_kernel(
         if middle > first:
             tl.store(slots + piece * (BN * BM) + cell, low)
         if TWO:
-            tl.store(slots + (piece + 1) * (BN * BM) + cell, high, mask=(cell >= 0) & (end > middle))
+            if end > middle:  # noqa: SIM102 - TWO is known when compiling, this is not
+                tl.store(slots + (piece + 1) * (BN * BM) + cell, high)
         tl.debug_barrier()
         arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
         if arrived == SPLIT - 1:
