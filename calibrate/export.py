@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from calibrate.errors import CalibrationError
 from calibrate.loading import ModelSource
@@ -126,4 +126,4 @@ def write_metadata(source: ModelSource, config: PretrainedConfig, comet: CometFo
     _write_json(directory / "config.json", raw)
     source.tokenizer().save_pretrained(directory)
     if (source.directory / "generation_config.json").exists():
-        GenerationConfig.from_pretrained(source.directory).save_pretrained(directory)
+        shutil.copyfile(source.directory / "generation_config.json", directory / "generation_config.json")

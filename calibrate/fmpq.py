@@ -37,8 +37,8 @@ def int8_channels(k: int, slices: int, int8_blocks: int) -> int:
     return slices * max(0, width - max(0, num_blocks(width) - int8_blocks) * BLOCK)
 
 
-def error_curve(rows: torch.Tensor, weight: torch.Tensor, slices: int) -> list[float]:
-    """Relative squared output error for 0, 1, 2 … INT8 blocks a slice.
+def error_curve(rows: torch.Tensor, weight: torch.Tensor, slices: int, low_bits: int) -> list[float]:
+    """Relative squared output error for 0, 1, 2 … INT8 blocks a slice, when the other blocks have ``low_bits``.
 
     rows: float32 ``[R, K]`` tokens; weight: float32 ``[N, K]``, all readers of the input; both in stored order.
     """
@@ -46,7 +46,7 @@ def error_curve(rows: torch.Tensor, weight: torch.Tensor, slices: int) -> list[f
     exact = float((rows @ weight.T).square().sum().clamp_min(1e-30))
     curve = []
     for count in range(num_blocks(k // slices) + 1):
-        restored = round_trip_activation(rows, act_bits(k, slices, count))
+        restored = round_trip_activation(rows, act_bits(k, slices, count), low_bits)
         curve.append(float(((restored - rows) @ weight.T).square().sum()) / exact)
     return curve
 
@@ -57,8 +57,8 @@ def segments(bits: torch.Tensor, k: int) -> tuple[torch.Tensor, int]:
     return torch.argsort(high.to(torch.uint8), stable=True), int((~high).sum())
 
 
-def round_trip_activation(rows: torch.Tensor, bits: torch.Tensor, low_bits: int = 4) -> torch.Tensor:
-    """``rows`` ``[R, K]`` in stored order after quantisation in two segments, float32."""
+def round_trip_activation(rows: torch.Tensor, bits: torch.Tensor, low_bits: int) -> torch.Tensor:
+    """``rows`` ``[R, K]`` in stored order after quantisation in two segments, float32; low_bits: of the INT4 blocks."""
     order, split = segments(bits.to(rows.device), rows.shape[1])
     codes, scales = quantize_activation_ref(rows, order, split, low_bits)
     restored = codes.to(torch.float32)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from calibrate.errors import CalibrationError
@@ -12,17 +14,40 @@ _COLUMNS = 128
 """Columns between two updates of the rest of the matrix; does not change the result beyond rounding."""
 
 
-def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, damping: float, name: str) -> torch.Tensor:
+@dataclass(frozen=True)
+class Compensation:
+    """How the rounding error of one input channel is best spread over others, from the Hessian of a layer's input.
+
+    order ``[K]``: channels from the largest Hessian diagonal down, the order of rounding. inverse float32 ``[K, K]``:
+    upper Cholesky factor of the damped inverse Hessian in that order.
+    """
+
+    order: torch.Tensor
+    inverse: torch.Tensor
+
+    @classmethod
+    def of(cls, hessian: torch.Tensor, damping: float, name: str) -> Compensation:
+        """hessian: float32 ``[K, K]`` in stored order. Raises CalibrationError, naming ``name``, if it is singular."""
+        order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        return cls(order, _inverse_factor(hessian[order][:, order], damping, name))
+
+    def importance(self) -> torch.Tensor:
+        """Cost ``[K]`` of a channel's squared rounding error once later channels have made good what they can."""
+        importance = torch.empty_like(self.inverse[0])
+        importance[self.order] = self.inverse.diagonal().square().reciprocal()
+        return importance
+
+
+def gptq(weight: torch.Tensor, compensation: Compensation, grid: Grid) -> torch.Tensor:
     """Codes 0..15 (uint8 ``[N, K]``) that lower ``tr((W − Ŵ) H (W − Ŵ)ᵀ)`` below what rounding to nearest gives.
 
-    weight float32 ``[N, K]`` and hessian float32 ``[K, K]``, both in stored order. Columns are rounded one after the
-    other from the largest Hessian diagonal down, and the rounding error of each is spread over those still to come.
-    The scales do not depend on that order, so it leaves no trace in the checkpoint.
+    weight: float32 ``[N, K]`` in stored order. Columns are rounded one after the other in the compensation's order, and
+    the error of each is spread over those still to come. The scales do not depend on that order, so it leaves no trace
+    in the checkpoint.
     """
-    order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+    order, inverse = compensation.order, compensation.inverse
     weight = weight[:, order].clone()
     steps = grid.steps(weight.shape[1])[:, order].contiguous()
-    inverse = _inverse_factor(hessian[order][:, order], damping, name)
     codes = torch.empty_like(weight)
     for start in range(0, weight.shape[1], _COLUMNS):
         end = min(start + _COLUMNS, weight.shape[1])
@@ -32,6 +57,15 @@ def gptq(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, damping: float
     result = torch.empty_like(codes, dtype=torch.uint8)
     result[:, order] = (codes - LOW).to(torch.uint8)
     return result
+
+
+def refit_rows(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor) -> Grid:
+    """``grid`` with each row's c at its optimum for the codes, the least-squares scale of the output; g stays."""
+    unit = Grid(torch.ones_like(grid.row), grid.group, grid.group_size)
+    integers = (codes.to(torch.float32) + LOW) * unit.steps(codes.shape[1])
+    projected = integers @ hessian
+    best = (projected * weight).sum(1) / (projected * integers).sum(1)
+    return Grid(torch.where(best > 0, best, grid.row), grid.group, grid.group_size)  # NaN and 0 keep the old
 
 
 def _round_columns(

@@ -3,8 +3,8 @@
 
 RoPE rotates channels i and i + D/2 of q and k into each other. Scaling such a pair of k by 1/λ_i and that of q by λ_i,
 and turning both by one angle φ_i, commutes with RoPE and leaves every score as it was; the q heads of a KV group share
-what their K head has. (λ alone is QServe's SmoothAttention, Lin et al. 2024.) Here λ and φ minimise the expected error of
-the attention output: rounding moves each channel of key t by noise of variance step_t² / 12, hence its score by
+what their K head has. (λ alone is QServe's SmoothAttention, Lin et al. 2024.) Here λ and φ minimise the expected error
+of the attention output: rounding moves each channel of key t by noise of variance step_t² / 12, hence its score by
 step_t² / 12 · Σ_i (q_i λ_i)², hence the output, to first order, by the score's error times p_t (v_t − o):
 
     E‖Δo‖² ∝ Σ_t step_t(λ, φ)² · Σ_i a_ti λ_i²,    a_ti = Σ_queries p_t² ‖v_t − o‖² q_i²

@@ -10,7 +10,7 @@ import torch
 
 from calibrate.decoder import DecoderBuilder, DecoderLayer
 from calibrate.fmpq import error_curve, outlier_last
-from calibrate.gptq import corrected_targets, gptq, hessian_error
+from calibrate.gptq import Compensation, corrected_targets, gptq, hessian_error, refit_rows
 from calibrate.grid import QuantizedLinear, search_grid
 from calibrate.kv_smooth import smooth_k
 from calibrate.models import DOWN, GATE_UP, OUT, QKV, LinearInput
@@ -88,21 +88,28 @@ class _LayerJob:
         errors, weights = {}, []
         floats = [self.layer.linear(member).weight[:, perm] for member in linear_input.members]
         targets = corrected_targets(floats, hessian, cross, drift, CORR)
+        compensation = Compensation.of(hessian, self.owner.damping, name)
         for member, weight in zip(linear_input.members, targets, strict=True):
-            quantized = self._quantize_weight(weight, hessian, f"model.layers.{self.index}.{member}")
-            quantized.perm = perm
+            quantized = self._quantize_weight(weight, hessian, compensation, perm)
             self.done[member] = quantized
             stored = quantized.dequantize()
             power = hessian_error(weight, hessian)
             errors[member] = hessian_error(stored - weight, hessian) / max(power, 1e-30)
             self.layer.linear(member).weight[:, perm] = stored
             weights.append(stored)
-        curve = error_curve(stats.rows[:, perm], torch.cat(weights), slices)
-        self.report[linear_input.name] = {"weight_error": errors, "activation_error": curve}
+        rows, readers = stats.rows[:, perm], torch.cat(weights)
+        self.report[linear_input.name] = {
+            "weight_error": errors,
+            "mixed_error": error_curve(rows, readers, slices, low_bits=4),
+            "int8_error": error_curve(rows, readers, slices, low_bits=8),
+        }
 
-    def _quantize_weight(self, weight: torch.Tensor, hessian: torch.Tensor, name: str) -> QuantizedLinear:
-        grid = search_grid(weight, hessian.diagonal(), self.owner.comet.group_size)
-        return QuantizedLinear(grid, gptq(weight, hessian, grid, self.owner.damping, name))
+    def _quantize_weight(
+        self, weight: torch.Tensor, hessian: torch.Tensor, compensation: Compensation, perm: torch.Tensor
+    ) -> QuantizedLinear:
+        grid = search_grid(weight, compensation.importance(), self.owner.comet.group_size)
+        codes = gptq(weight, compensation, grid)
+        return QuantizedLinear(refit_rows(weight, hessian, grid, codes), codes, perm)
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
         """Everything of the layer that goes on disk; the order of down_proj's input is folded into gate and up."""
@@ -110,6 +117,9 @@ class _LayerJob:
         assert down.perm is not None
         for member in GATE_UP.members:
             self.done[member] = self.done[member].permute_rows(down.perm)
+            bias = self.layer.linear(member).bias
+            if bias is not None:
+                bias.copy_(bias[down.perm])
         down.perm = None
         tensors = {f"{m}.{suffix}": t for m, q in self.done.items() for suffix, t in q.tensors().items()}
         for name, parameter in self.layer.module.named_parameters():

@@ -110,6 +110,10 @@ def convert_gguf(path: Path, directory: Path) -> None:
     import gguf
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    try:
+        pre = gguf.GGUFReader(path).get_field("tokenizer.ggml.pre")
+    except (ValueError, IndexError) as error:
+        raise CalibrationError(f"{path} is not a readable GGUF file: {error}") from None
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -122,7 +126,6 @@ def convert_gguf(path: Path, directory: Path) -> None:
     config.save_pretrained(directory)
     _save_generation_config(model, directory)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(directory)
-    pre = gguf.GGUFReader(path).get_field("tokenizer.ggml.pre")
     if pre is not None and pre.contents() in _DIGIT_SPLITTING:
         _split_digits(directory / "tokenizer.json")
 

@@ -82,12 +82,13 @@ def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = F
     tokenizer = source.tokenizer()
     text = load_text(options.data, tokenizer)
     windows = token_windows(text, tokenizer, options.samples, options.length, options.seed, _MOST_SAMPLES)
-    run = {key: str(value) for key, value in asdict(options).items()} | {"model": type(config).__name__}
+    embedding = source.tensor("model.embed_tokens.weight")
+    run = {key: str(value) for key, value in asdict(options).items() if key != "data"}
+    run |= {"samples' tokens": fmt.tensor_crc32(windows), "model's embedding": fmt.tensor_crc32(embedding)}
     workspace = Workspace(out, run, resume)
     with torch.no_grad():
         builder = DecoderBuilder(config, family, device, activation_dtype(device))
         calibrator = LayerCalibrator(builder, comet, options.damping)
-        embedding = source.tensor("model.embed_tokens.weight")
         chunks = [builder.embed(chunk, embedding).to(device)
                   for chunk in windows.split(max(1, _CHUNK_TOKENS // windows.shape[1]))]
         references = list(chunks)
@@ -124,7 +125,7 @@ def _export(source: ModelSource, workspace: Workspace, comet: fmt.CometFormat, d
     reports = [workspace.load_report(index) for index in range(dims.layers)]
     candidates = [
         Candidate(dims.width(i), len(i.members), comet.tensor_parallel if i.row_parallel else 1,
-                  tuple(report[i.name]["activation_error"]))
+                  tuple(report[i.name]["mixed_error"]))
         for report in reports for i in LINEAR_INPUTS
     ]
     counts = iter(zip(candidates, allocate(candidates, options.int8_share), strict=True))

@@ -11,11 +11,11 @@ from calibrate.pipeline import Result
 
 def summary(result: Result, out: Path, seconds: float) -> str:
     """Error of every layer, size, INT8 share, and the command that serves the checkpoint."""
-    lines = ["relative output error, per layer: weights (W4) | activations INT8 → as calibrated (INT8 blocks)",
-             "layer  " + "".join(f"{i.name:<42}" for i in LINEAR_INPUTS)]
+    lines = ["relative squared output error: of the weights | of activations in int8 mode, in mixed mode (INT8 blocks)",
+             "layer  " + "".join(f"{i.name:<34}" for i in LINEAR_INPUTS)]
     for index, report in enumerate(result.layers):
         cells = [_cell(report[i.name]) for i in LINEAR_INPUTS]
-        lines.append(f"{index:5d}  " + "".join(f"{cell:<42}" for cell in cells).rstrip())
+        lines.append(f"{index:5d}  " + "".join(f"{cell:<34}" for cell in cells).rstrip())
     ratio = result.base_bytes / result.num_bytes
     lines += [
         f"size          {result.num_bytes / 2**20:.1f} MiB; bf16 {result.base_bytes / 2**20:.1f} MiB ({ratio:.2f}x)",
@@ -27,6 +27,6 @@ def summary(result: Result, out: Path, seconds: float) -> str:
 
 
 def _cell(report: dict) -> str:
-    weights = max(report["weight_error"].values())
-    curve, blocks = report["activation_error"], report["int8_blocks"]
-    return f"{weights:8.2e} | {curve[-1]:8.2e} → {curve[report['int8_blocks_per_slice']]:8.2e} ({blocks})"
+    weights, count = max(report["weight_error"].values()), report["int8_blocks_per_slice"]
+    activations = f"{report['int8_error'][count]:.1e}, {report['mixed_error'][count]:.1e} ({report['int8_blocks']})"
+    return f"{weights:.1e} | {activations}"

@@ -29,8 +29,9 @@ class InputStats:
     """Running statistics of one activation ``[..., K]``; all are float32.
 
     hessian ``[K, K]``: mean of ``x xᵀ``. cross ``[K, K]``: mean of ``x̃ xᵀ`` with x̃ the same activation of the
-    unquantised model. drift ``[N, K]`` or None: mean of ``(h̃ − h) xᵀ`` with h the residual stream that the layer's output is added
-    to. peak ``[K]``: largest ``|x|``. rows ``[R, K]``: about ``max_rows`` tokens, spread evenly over everything seen.
+    unquantised model. drift ``[N, K]`` or None: mean of ``(h̃ − h) xᵀ`` with h the residual stream that the layer's
+    output is added to. peak ``[K]``: largest ``|x|``. rows ``[R, K]``: about ``max_rows`` tokens, spread evenly over
+    everything seen.
     """
 
     def __init__(self, name: str, k: int, device: torch.device, max_rows: int, expected_tokens: int):

@@ -74,9 +74,11 @@ def test_checkpoint_verifies_and_simulates_its_dequantised_weights(run, family):
         torch.testing.assert_close(found, expected(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_quantised_model_stays_near_the_original(run, family):
-    model_dir, out = run(family)
+@pytest.mark.parametrize(("family", "changes"), [(family, {}) for family in FAMILIES] + [
+    ("Llama", {"attention_bias": True, "mlp_bias": True}),
+])
+def test_quantised_model_stays_near_the_original(run, family, changes):
+    model_dir, out = run(family, **changes)
     with torch.no_grad():
         exact = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)(TOKENS).logits
 
@@ -147,7 +149,7 @@ def test_interrupted_run_resumes_to_the_same_bytes(run, text, tmp_path, monkeypa
     assert calibrate(model, out, text) == 1
     assert "left from an interrupted run" in capsys.readouterr().err
     assert calibrate(model, out, text, "--resume", "--seed", "1") == 1
-    assert "begun with other settings: seed '0', now '1'" in capsys.readouterr().err
+    assert "begun with other settings: samples' tokens" in capsys.readouterr().err
 
     calibrated = []
 
@@ -219,6 +221,8 @@ def test_refusals_name_the_cause(text, tmp_path, capsys):
     assert "exists already" in refused(capsys, str(model), "--out", str(tmp_path / "exists"), *data)
     assert "allowed: [32]" in refused(capsys, *arguments, *data, "--kv-group-size", "64")
     assert "--tensor-parallel 2" in refused(capsys, *arguments, *data, "--tensor-parallel", "2")
+    assert "neither a folder" in refused(capsys, "a/b/c", *arguments[1:], *data)
+    assert "absent.gguf does not exist" in refused(capsys, str(tmp_path / "absent.gguf"), *arguments[1:], *data)
     assert "no config.json" in refused(capsys, str(tmp_path / "exists"), "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
 

@@ -17,7 +17,7 @@ from calibrate.fmpq import (
     outlier_last,
     round_trip_activation,
 )
-from calibrate.gptq import corrected_targets, gptq, hessian_error
+from calibrate.gptq import Compensation, corrected_targets, gptq, hessian_error, refit_rows
 from calibrate.grid import QuantizedLinear, dequantize, round_to_grid, search_grid
 from vllm_comet import checkpoint as fmt
 
@@ -44,8 +44,25 @@ def test_gptq_beats_rounding_to_nearest(problem, group_size):
     weight, _, hessian = problem
     grid = search_grid(weight, hessian.diagonal(), group_size)
     nearest = stored(weight, round_to_grid(weight, grid), grid)
-    compensated = stored(weight, gptq(weight, hessian, grid, 0.01, "layer"), grid)
-    assert hessian_error(compensated - weight, hessian) < 0.7 * hessian_error(nearest - weight, hessian)
+    codes = gptq(weight, Compensation.of(hessian, 0.01, "layer"), grid)
+    compensated = hessian_error(stored(weight, codes, grid) - weight, hessian)
+    assert compensated < 0.7 * hessian_error(nearest - weight, hessian)
+    refitted = refit_rows(weight, hessian, grid, codes)
+    assert hessian_error(stored(weight, codes, refitted) - weight, hessian) < compensated
+
+
+def test_importance_is_the_error_left_after_compensation(problem):
+    """Moving one channel and re-solving all later ones costs exactly its importance (no damping)."""
+    _, _, hessian = problem
+    hessian = hessian.to(torch.float64)
+    compensation = Compensation.of(hessian, 0.0, "layer")
+    ordered = hessian[compensation.order][:, compensation.order]
+    for position in (0, 50, K - 1):
+        later = ordered[position + 1 :, position + 1 :]
+        coupling = ordered[position + 1 :, position]
+        cost = ordered[position, position] - coupling @ torch.linalg.solve(later, coupling)
+        found = compensation.importance()[compensation.order[position]]
+        torch.testing.assert_close(found, cost, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("group_size", fmt.GROUP_SIZES)
@@ -83,7 +100,7 @@ def test_channels_that_are_always_zero_are_harmless(problem):
     x[:, 3] = 0
     hessian = x.T @ x / TOKENS
     grid = search_grid(weight, hessian.diagonal(), 64)
-    codes = gptq(weight, hessian, grid, 0.01, "layer")
+    codes = gptq(weight, Compensation.of(hessian, 0.01, "layer"), grid)
     assert hessian_error(stored(weight, codes, grid) - weight, hessian) < 0.05 * hessian_error(weight, hessian)
 
 
@@ -118,8 +135,11 @@ def test_block_bits_are_last_in_every_slice_and_a_short_block_counts_its_channel
 def test_int8_blocks_lower_the_activation_error(problem):
     weight, x, hessian = problem
     perm = outlier_last(hessian.diagonal(), 1)
-    curve = error_curve(x[:, perm], weight[:, perm], 1)
+    curve = error_curve(x[:, perm], weight[:, perm], 1, low_bits=4)
     assert len(curve) == 3 and curve[0] > 3 * curve[1] > 0 and curve[2] < curve[0] / 50
+    in_int8 = error_curve(x[:, perm], weight[:, perm], 1, low_bits=8)
+    assert in_int8[0] == in_int8[2] == curve[2]  # one segment, all INT8
+    assert in_int8[1] < in_int8[0] / 2 and in_int8[1] < curve[1] / 3  # outliers with a scale of their own
     int8 = round_trip_activation(x[:, perm], act_bits(K, 1, 1), low_bits=8)
     assert float((int8 - x[:, perm]).square().mean()) < 3e-4 * float(x.square().mean())
 
