@@ -160,7 +160,7 @@ def _decode_kernel(
         m_new = tl.maximum(m, tl.max(s, 0))
         alpha = tl.exp2(m - m_new)
         m = m_new
-        p = tl.exp2(s - m_new[None, :])
+        p = tl.exp2(s - (m_new - 6.0)[None, :])  # 0 to 64: away from underflow in fp16, also times a scale
         den = den * alpha + tl.sum(p, 0)
         z_new = ()
         o_new = ()
@@ -175,8 +175,8 @@ def _decode_kernel(
             for g in tl.static_range(FOLDS):
                 meta = tl.load(meta_at + g, mask=ok, other=0)
                 z_new = z_new + (z[g] * alpha + tl.sum(p * meta_zero(meta)[:, None], 0),)
-                # 64 lifts p · scale in fp16 away from underflow; exact up to a scale of 1023, a range of 15,000
-                pv = (p * tl.minimum(meta_scale(meta) * 64.0, 65504.0)[:, None]).to(tl.float16)
+                # exact up to a scale of 1023, a range of 15,000 in a group
+                pv = (p * tl.minimum(meta_scale(meta), 1023.0)[:, None]).to(tl.float16)
                 for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
                     o_new = o_new + (tl.dot(nibbles(v, i), pv, o[i] * alpha[None, :]),)
         z = z_new
@@ -189,8 +189,7 @@ def _decode_kernel(
     out_at = out_ptr + request * stride_out + (head * GROUP + row)[None, :] * D + lane[:, None]
     partial_at = partial_ptr + (slot * D + lane)[:, None] * PART_ROWS + row[None, :]
     for i in tl.static_range(4):
-        # the units of the nibbles (2⁻²⁴, odd planes 2⁻²⁰) and the 64 in P
-        unit = 1.0 if EXPAND else 262144.0 if i % 2 == 0 else 16384.0
+        unit = 1.0 if EXPAND else 16777216.0 if i % 2 == 0 else 1048576.0  # nibbles are code · 2⁻²⁴, in odd planes 2⁻²⁰
         o_i = o[i] * (inverse * unit)[None, :] + (z[0 if EXPAND else i // PLANES] * inverse)[None, :]
         if whole == 1:
             tl.store(out_at + i * L, o_i, mask=lane_ok[:, None] & row_ok[None, :])
@@ -240,13 +239,19 @@ def _merge_kernel(
 
 class _Tile(NamedTuple):
     tokens: int
-    stages: int
-    programs_per_sm: int
-    registers: int | None  # a thread; what lets programs_per_sm one-warp programs fit
+    stages: int  # of loads in flight: page numbers, then two tiles
+    programs_per_sm: int  # of one warp each
+    registers: int  # a thread
 
 
 def _tile(head_dim: int) -> _Tile:
-    return _Tile(64, 5, 8, 168) if head_dim <= 128 else _Tile(32, 5, 8, 168)
+    """Chosen on an H200: two buffered tiles a warp, and as many warps as shared memory then holds at once.
+
+    More programs than fit would run as a second wave, and cost a quarter of the speed; larger tiles spill registers.
+    """
+    if head_dim <= 64:
+        return _Tile(64, 5, 12, 168)
+    return _Tile(64 if head_dim <= 128 else 32, 5, 8, 168)
 
 
 def _merge_tile(requests: int) -> tuple[int, int, int]:

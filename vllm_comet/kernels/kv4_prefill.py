@@ -102,7 +102,7 @@ def _prefill_kernel(
         m_new = tl.maximum(m, tl.max(s, 1))
         alpha = tl.exp2(m - m_new)
         m = m_new
-        p = tl.exp2(s - m_new[:, None])
+        p = tl.exp2(s - (m_new - 14.0)[:, None])  # 0 to 2¹⁴: away from underflow in fp16
         den = den * alpha + tl.sum(p, 1)
         v = tl.load(at + BLOCK * L, mask=(lane < L)[None, :], other=0)
         v = _dequantized(v, meta_at + BLOCK * GROUPS, stored, lane, T, L, LANES, GROUP_SIZE)
