@@ -224,8 +224,8 @@ class CometAttentionImpl(AttentionImpl[CometAttentionMetadata]):
         n, window = batch.num_decodes, self.sliding_window
         if n:
             kv4_decode.decode(
-                query[:n], kv_cache, batch.block_table[:n], batch.seq_lens[:n], self.group_size, self.scale, window,
-                output[:n], batch.scratch[window])
+                query[:n], kv_cache, batch.block_table[:n], self.group_size, self.scale, window, output[:n],
+                batch.scratch[window])
         if batch.prefill_start_loc is not None:
             kv4_prefill.prefill(
                 query[n:], kv_cache, batch.block_table[n:], batch.prefill_start_loc, batch.seq_lens[n:],
