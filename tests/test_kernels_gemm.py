@@ -55,7 +55,7 @@ def check(gemm, layout, m, n, k, split, group_size, tile, bias=True, dtype=torch
         y = gemm(codes, act_scales, weight, scale, b, dtype, tile)
         assert y.shape == (m, n) and y.dtype == dtype
         wrong = int((y != expected).sum())
-        assert not wrong, f"{wrong} of {y.numel()} outputs differ: M={m} N={n} K={k} split={split} g={group_size} {tile}"
+        assert not wrong, f"{wrong} of {y.numel()} differ: M={m} N={n} K={k} split={split} g={group_size} {tile}"
     assert not weight.counters.any()
 
 

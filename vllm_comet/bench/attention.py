@@ -9,6 +9,7 @@ graph over caches that together exceed the L2 several times. A mode whose librar
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import torch
 from vllm_comet.bench.timing import environment, graph_us, write_results
 from vllm_comet.kernels.kv4_cache import bytes_per_token, store_kv
 from vllm_comet.kernels.kv4_decode import decode, make_scratch, plan
-from vllm_comet.kernels.kv4_prefill import gather_kv, prefill
+from vllm_comet.kernels.kv4_prefill import prefill, prefill_flash
 
 BLOCK = 16
 CHUNK = 2048
@@ -91,38 +92,25 @@ class Comet:
             lambda t=t: decode(q, self.cache, t, self.group_size, self.scale, None, out, scratch) for t in tables
         ]  # fmt: skip
 
-    def prefill(self, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: int, context: int) -> Calls:
-        """Store, then FlashAttention over the round-tripped K and V (``gather_kv`` first where a context precedes)."""
-        flash = _flash()
+    def prefill(
+        self, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: int, context: int, flash: Any
+    ) -> Calls:
+        """Store the newest tokens, then attend: by FlashAttention over gathered K and V, or over the pages if None."""
         queries, out = len(q) // batch, torch.empty_like(q)
         table = _tables(batch, context, len(self.cache), ROTATED_BYTES)[0]
         position = torch.arange(context - queries, context, device="cuda")
         slots = (table[:, position // BLOCK].long() * BLOCK + position % BLOCK).flatten()
         starts, ends = _ints([i * queries for i in range(batch + 1)]), _ints([i * context for i in range(batch + 1)])
-        k_hat, v_hat = torch.empty(2, batch * context, *key.shape[1:], dtype=key.dtype, device="cuda")
-
-        def run() -> None:
-            if queries == context:
-                store_kv(key, value, self.cache, slots, self.group_size, k_hat, v_hat)
-            else:
-                store_kv(key, value, self.cache, slots, self.group_size)
-                gather_kv(self.cache, table, ends, context, self.group_size, k_hat, v_hat)
-            flash(q, k_hat, v_hat, max_seqlen_q=queries, cu_seqlens_q=starts, max_seqlen_k=context, cu_seqlens_k=ends,
-                  softmax_scale=self.scale, causal=True, out=out, fa_version=3)  # fmt: skip
-
-        return [run]
-
-    def prefill_pages(self, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: int, context: int) -> Calls:
-        """Store, then the Triton kernel over the pages: what runs where FlashAttention is missing."""
-        queries, out = len(q) // batch, torch.empty_like(q)
-        table = _tables(batch, context, len(self.cache), ROTATED_BYTES)[0]
-        position = torch.arange(context - queries, context, device="cuda")
-        slots = (table[:, position // BLOCK].long() * BLOCK + position % BLOCK).flatten()
-        starts, lens = _ints([i * queries for i in range(batch + 1)]), _ints([context] * batch)
+        lens = _ints([context] * batch)
+        workspace = torch.empty(2, batch * context, *key.shape[1:], dtype=key.dtype, device="cuda")
 
         def run() -> None:
             store_kv(key, value, self.cache, slots, self.group_size)
-            prefill(q, self.cache, table, starts, lens, queries, self.group_size, self.scale, None, out)
+            if flash is None:
+                prefill(q, self.cache, table, starts, lens, queries, self.group_size, self.scale, None, out)
+            else:
+                prefill_flash(flash, q, self.cache, table, starts, ends, queries, context, self.group_size, self.scale,
+                              None, out, workspace)  # fmt: skip
 
         return [run]
 
@@ -130,7 +118,7 @@ class Comet:
 def _flash() -> Callable[..., Any]:
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
-    return flash_attn_varlen_func
+    return functools.partial(flash_attn_varlen_func, fa_version=3)
 
 
 class Flash3:
@@ -157,7 +145,7 @@ class Flash3:
         return [
             lambda t=t: self.flash(
                 q, self.key, self.value, max_seqlen_q=len(q) // batch, cu_seqlens_q=starts, max_seqlen_k=context,
-                seqused_k=lens, causal=True, block_table=t, out=out, scheduler_metadata=metadata, fa_version=3,
+                seqused_k=lens, causal=True, block_table=t, out=out, scheduler_metadata=metadata,
                 **scales,
             )
             for t in tables
@@ -239,9 +227,8 @@ def _prefill_us(mode: str, shape: Shape, batch: int, context: int, queries: int)
     key, value = torch.randn(2, len(q), shape.kv_heads, shape.head_dim, dtype=torch.bfloat16, device="cuda")
     tokens = 2 * batch * context
     if mode.startswith("comet-int4"):
-        cache: Any = Comet(shape, tokens)
-        run = cache.prefill_pages if mode == "comet-int4-pages" else cache.prefill
-        return graph_us(run(q, key, value, batch, context), 3)
+        flash = None if mode == "comet-int4-pages" else _flash()
+        return graph_us(Comet(shape, tokens).prefill(q, key, value, batch, context, flash), 3)
     if mode == "vllm-int4":
         return graph_us(VllmInt4(shape, tokens).calls(q, batch, context)[:1], 3)
     return graph_us(Flash3(shape, tokens, mode == "fa3-fp8").prefill(q, batch, context), 3)

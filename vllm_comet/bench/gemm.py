@@ -239,7 +239,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--modes", nargs="*", help="default: all that this machine can run")
     parser.add_argument("--high-share", type=float, default=problems.HIGH_SHARE,
                         help="share of channels in the second activation segment (default %(default)s)")
-    parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1), help="that compile kernels first")
+    parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1), help="compile in so many first")
     parser.add_argument("--warm-worker", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="results file; default examples/results/gemm-<gpu>.json")
     args = parser.parse_args(argv)

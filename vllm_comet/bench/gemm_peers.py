@@ -57,7 +57,7 @@ def cutlass_fp8(x: torch.Tensor, n: int, copies: int) -> Candidate:
 
 
 def _int4_weight(x: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random codes in GPTQ packing int32 ``[K/8, N]``, scales ``[K/128, N]`` and the weight that they mean ``[K, N]``."""
+    """Random codes in GPTQ packing int32 ``[K/8, N]``, scales ``[K/128, N]`` and the weight they mean ``[K, N]``."""
     k = x.shape[1]
     packed = torch.randint(-(2**31), 2**31, (k // 8, n), dtype=torch.int32, device=x.device)
     scales = torch.rand(k // GROUP, n, device=x.device).to(x.dtype) * 0.01 + 0.01

@@ -18,7 +18,7 @@ MODELS: dict[str, dict[str, tuple[int, int]]] = {
 """[N, K] of the linear layers of a decoder layer, unsharded."""
 MODES = {"comet-g128": 128, "comet-g64": 64, "comet-channel": -1}
 GRAPH_MAX_M = 256
-"""Up to this M, kernels are timed in CUDA graphs over cold weights; above it a launch costs little beside the kernel."""
+"""Up to this M, kernels are timed in CUDA graphs over cold weights; above, a launch costs little beside the kernel."""
 HIGH_SHARE = 1 / 8
 """Share of channels in the second activation segment: what calibration typically leaves there, so both loops run."""
 

@@ -182,7 +182,7 @@ def new_outputs(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def pdl_supported(device: torch.device) -> bool:
-    """Programmatic dependent launch: a kernel's prologue overlaps the end of the kernel before it (Hopper and later)."""
+    """Programmatic dependent launch (Hopper and later): a kernel's prologue overlaps the end of the one before it."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tile a GEMM launch uses: tables measured offline by ``comet-bench tune``, one JSON file per GPU in ``tiles/``.
 
-A file holds ``{"gpu", "layout", "entries": [{"n", "k", "m", "tile": {...}}]}``. The entry for a launch is the one of the
+A file holds ``{"gpu", "layout", "entries": [{"n", "k", "m", "tile": {...}}]}``. The entry for a launch is that of the
 nearest shape (in the logarithms of N and K), and of that shape the one with the smallest ``m`` that covers M. For a
 shape that was not measured itself, the K split is derived from the number of tiles instead of taken over.
 """

@@ -42,8 +42,8 @@ def w4ax_gemm_ref(
 ) -> torch.Tensor:
     """``y[m, n] = (s[m, 0] · Σ_{k<split} a·w  +  s[m, 1] · Σ_{k≥split} a·w) · c[n] + bias[n]`` → ``[M, N]``.
 
-    codes int8 ``[M, K]`` and act_scales float32 ``[M, 2]`` from ``quantize_activation_ref``; weight int8 ``[N, K]`` from
-    ``checkpoint.integer_weight``; weight_scale float32 ``[N]``. Sums are exact integers; the rest is float32.
+    codes int8 ``[M, K]`` and act_scales float32 ``[M, 2]`` from ``quantize_activation_ref``; weight int8 ``[N, K]``
+    from ``checkpoint.integer_weight``; weight_scale float32 ``[N]``. Sums are exact integers; the rest is float32.
     """
     a, w = codes.to(torch.float64), weight.to(torch.float64)  # products and sums below 2**53: exact
     low = (a[:, :split] @ w[:, :split].T).to(torch.float32)
@@ -171,8 +171,9 @@ def _unpack(words, scale, HIGH: tl.constexpr, GROUPS: tl.constexpr, ASM: tl.cons
         s = scale.to(tl.int32)
         if ASM:
             offset = s * -134744072 - 2139062144  # 0x80808080 − s · 0x08080808
-            shift: tl.constexpr = "shr.u32 t, $1, 4; and.b32 t, t, 0x0F0F0F0F;" if HIGH else "and.b32 t, $1, 0x0F0F0F0F;"
-            asm: tl.constexpr = "{ .reg .b32 t; " + shift + " mad.lo.u32 t, t, $2, $6; xor.b32 $0, t, 0x80808080; }"
+            shift: tl.constexpr = "shr.u32 t, $1, 4; and.b32 t, t, 0x0F0F0F0F;"
+            nibble: tl.constexpr = shift if HIGH else "and.b32 t, $1, 0x0F0F0F0F;"
+            asm: tl.constexpr = "{ .reg .b32 t; " + nibble + " mad.lo.u32 t, t, $2, $6; xor.b32 $0, t, 0x80808080; }"
             return tl.inline_asm_elementwise(asm, "=r,r,r,r,r,r,r,r,r,r", [words, s, offset], dtype=tl.int8,
                                              is_pure=True, pack=4)
         else:
@@ -255,8 +256,8 @@ def _w4ax_kernel(
         slots = partial_ptr + tile.to(tl.int64) * ((SPLIT + 1) * BN * BM)
         if middle > first:
             tl.store(slots + piece * (BN * BM) + cell, low)
-        if TWO:
-            if end > middle:  # noqa: SIM102 - TWO is known when compiling, this is not
+        if TWO:  # noqa: SIM102 - TWO is known when compiling, the other condition is not
+            if end > middle:
                 tl.store(slots + (piece + 1) * (BN * BM) + cell, high)
         tl.debug_barrier()
         arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")

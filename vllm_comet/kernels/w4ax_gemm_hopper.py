@@ -98,9 +98,9 @@ def _fetch_weights(w_desc, g_desc, w_ring, g_ring, w_full, g_full, slot, tile_n,
 
 
 @gluon.jit
-def _dot_blocks(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, g_full, first, end, blocks, block0, tile_m, tile_n, n_pad,
-                R: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr,
-                REFILL: gl.constexpr):  # fmt: skip
+def _dot_blocks(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, g_full, first, end, blocks,
+                block0, tile_m, tile_n, n_pad, R: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr,
+                STAGES: gl.constexpr, GROUPS: gl.constexpr, REFILL: gl.constexpr):  # fmt: skip
     """Integer sum over blocks ``first .. end`` (of ``blocks``, counted from ``block0``): int32 ``[64·R, BM]``."""
     mma: gl.constexpr = _mma_layout(BM, WARPS)
     dot: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
@@ -129,7 +129,8 @@ def _dot_blocks(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, 
             refill = (i >= 1) & (i - 1 + STAGES < blocks)
             free, block = (i + STAGES - 1) % STAGES, block0 + i - 1 + STAGES
             mbarrier.expect(x_full.index(free), BM * 128, pred=refill)
-            _fetch_weights(w_desc, g_desc, w_ring, g_ring, w_full, g_full, free, tile_n, block, n_pad, refill, R, GROUPS)
+            _fetch_weights(w_desc, g_desc, w_ring, g_ring, w_full, g_full, free, tile_n, block, n_pad, refill, R,
+                           GROUPS)
             tma_load(x_desc, [tile_m * BM, block * 128], x_full.index(free), x_ring.index(free), pred=refill)
         acc = warpgroup_mma(high, x.slice(64, 64, dim=0), acc, is_async=True)
         acc = warpgroup_mma_wait(1, deps=[acc])

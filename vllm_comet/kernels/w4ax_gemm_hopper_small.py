@@ -82,8 +82,8 @@ def _fetch_weights(w_desc, g_desc, w_ring, g_ring, w_full, g_full, slot, row, gr
 
 
 @gluon.jit
-def _dot_groups(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, g_full, first, end, revisited, groups, row,
-                token, BM: gl.constexpr, WAYS: gl.constexpr, SLABS: gl.constexpr, STAGES: gl.constexpr,
+def _dot_groups(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, g_full, first, end, revisited, groups,
+                row, token, BM: gl.constexpr, WAYS: gl.constexpr, SLABS: gl.constexpr, STAGES: gl.constexpr,
                 GROUPS: gl.constexpr, REFILL: gl.constexpr):  # fmt: skip
     """Integer sums over blocks ``first .. end`` by way: int32 ``[WAYS, BN, BM]``.
 
@@ -127,7 +127,8 @@ def _dot_groups(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, 
             group = i + STAGES
             refill = (i != revisited) & (group < groups)
             mbarrier.expect(x_full.index(slot), WAYS * BM * 128, pred=refill)
-            _fetch_weights(w_desc, g_desc, w_ring, g_ring, w_full, g_full, slot, row, group, refill, WAYS, SLABS, GROUPS)
+            _fetch_weights(w_desc, g_desc, w_ring, g_ring, w_full, g_full, slot, row, group, refill, WAYS, SLABS,
+                           GROUPS)
             tma_load(x_desc, [group * WAYS, token, 0], x_full.index(slot), x_ring.index(slot), pred=refill)
     return acc
 
@@ -206,8 +207,8 @@ def constants(tile: Tile, blocks: int, group_size: int, two: bool) -> dict[str, 
     used += (1 + two) * 4 * ways * tile.block_n * tile.block_m
     if used > SHARED_MEMORY:
         raise ValueError(f"{tile} needs {used} bytes of shared memory; Hopper has {SHARED_MEMORY}. Use fewer stages.")
-    return dict(BM=tile.block_m, WAYS=ways, SLABS=slabs, STAGES=stages, GROUPS=groups, REFILL=-(-blocks // ways) > stages,
-                TWO=two)
+    return dict(BM=tile.block_m, WAYS=ways, SLABS=slabs, STAGES=stages, GROUPS=groups,
+                REFILL=-(-blocks // ways) > stages, TWO=two)
 
 
 def descriptors(
@@ -235,7 +236,7 @@ def w4ax_gemm_hopper_small(
     out_dtype: torch.dtype,
     tile: Tile,
 ) -> torch.Tensor:
-    """``w4ax_gemm_ref`` on Hopper for few tokens: codes int8 ``[M, Kpad]``, weight in layout ``hopper`` → ``[M, N]``."""
+    """``w4ax_gemm_ref`` on Hopper, few tokens: codes int8 ``[M, Kpad]``, weight in layout ``hopper`` → ``[M, N]``."""
     m, blocks = codes.shape[0], weight.packed.shape[1]
     y = torch.empty(m, weight.n, dtype=out_dtype, device=codes.device)
     if m == 0:
