@@ -13,22 +13,24 @@ from vllm_comet.checkpoint import GROUP_SIZES, KV_GROUP_SIZES, CheckpointError
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("comet-calibrate", description="Quantise a model into a COMET checkpoint.",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser("comet-calibrate", description="Quantise a model into a COMET checkpoint.")
     parser.add_argument("model", help="Hugging Face folder, hub id, or .gguf file")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
     parser.add_argument("--data", type=Path, help="calibration text, .txt or .jsonl (default: the text shipped here)")
     parser.add_argument("--samples", type=_positive, help="how many (default: what the text gives, at most 128)")
-    parser.add_argument("--length", type=_positive, default=1024, help="tokens of a sample")
-    parser.add_argument("--seed", type=int, default=0, help="draws the samples")
-    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64, help="channels of a weight scale")
-    parser.add_argument("--int8-share", type=_share, default=0.16, help="most of all channels that may stay INT8")
+    parser.add_argument("--length", type=_positive, default=1024, help="tokens of a sample (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="draws the samples (default: %(default)s)")
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=64, help="channels of a weight scale; "
+                        "-1: the whole row (default: %(default)s)")
+    parser.add_argument("--int8-share", type=_share, default=0.16, help="most of all channels that may stay INT8 "
+                        "(default: %(default)s)")
     parser.add_argument("--kv-group-size", type=int, choices=KV_GROUP_SIZES, help="channels of a KV scale "
-                        "(default: head_dim, at most 128)")
+                        "(default: head_dim, at most 128; 32 for head_dim up to 64)")
     parser.add_argument("--no-kv4", action="store_true", help="leave the KV cache in bf16")
     parser.add_argument("--tensor-parallel", type=_positive, help="largest tensor-parallel size to serve at (default: "
                         "what the shapes allow, at most 8)")
-    parser.add_argument("--damping", type=float, default=0.01, help="of the Hessian, relative to its mean diagonal")
+    parser.add_argument("--damping", type=float, default=0.01, help="added to the Hessian's diagonal, as a share of its mean "
+                        "(default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     return parser.parse_args(argv)
 

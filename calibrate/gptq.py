@@ -84,10 +84,7 @@ def _round_columns(
 
 def _inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.Tensor:
     """Upper Cholesky factor of the damped inverse Hessian; channels that are always zero are left uncoupled."""
-    diagonal = hessian.diagonal()
-    mean = diagonal.mean().clamp_min(1e-12)
-    damped = hessian + torch.diag(torch.where(diagonal > 0, damping * mean, mean))
-    factor, info = torch.linalg.cholesky_ex(damped)
+    factor, info = torch.linalg.cholesky_ex(damped(hessian, damping))
     if not int(info):
         factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
     if int(info):
@@ -109,9 +106,15 @@ def corrected_targets(
     error = weight @ (cross - hessian)
     if drift is not None:
         error = error + drift
-    damped = hessian + torch.eye(hessian.shape[0], device=hessian.device) * (damping * hessian.diagonal().mean())
-    target = weight + torch.linalg.solve(damped, error.T).T
+    target = weight + torch.linalg.solve(damped(hessian, damping), error.T).T
     return list(target.split([w.shape[0] for w in weights]))
+
+
+def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """The diagonal raised by the share ``damping`` of its mean; channels that are always zero get the mean itself."""
+    diagonal = hessian.diagonal()
+    mean = diagonal.mean().clamp_min(1e-12)
+    return hessian + torch.diag(torch.where(diagonal > 0, damping * mean, mean))
 
 
 def hessian_error(difference: torch.Tensor, hessian: torch.Tensor) -> float:

@@ -58,14 +58,21 @@ def activation_dtype(device: torch.device) -> torch.dtype:
 
 
 def kv_format(options: Options, dims: Dims) -> fmt.KVCacheFormat | None:
-    """The KV section of the checkpoint; raises CalibrationError for a group size that can't be."""
+    """The KV section of the checkpoint; raises CalibrationError for a group size that can't be.
+
+    By default a head of more than 64 channels is cut in groups of at most 128. A smaller head gets groups of 32: its 64
+    channels hold as many outliers as a larger head's 128, and SmolLM2-135M loses half as much perplexity.
+    """
     if not options.kv4:
         return None
-    size = options.kv_group_size or min(dims.head_dim, 128)
     allowed = [g for g in fmt.KV_GROUP_SIZES if dims.head_dim % g == 0]
+    if not allowed:
+        raise CalibrationError(f"head_dim {dims.head_dim} is no multiple of a KV group size {fmt.KV_GROUP_SIZES}: the "
+                               "4-bit KV cache can't hold it; use --no-kv4.")
+    most = 128 if dims.head_dim > 64 else 32
+    size = options.kv_group_size or max(g for g in allowed if g <= most)
     if size not in allowed:
-        raise CalibrationError(f"--kv-group-size {size} does not fit head_dim {dims.head_dim}; allowed: {allowed}"
-                               f"{'' if allowed else ' none, use --no-kv4'}.")
+        raise CalibrationError(f"--kv-group-size {size} does not fit head_dim {dims.head_dim}; allowed: {allowed}.")
     return fmt.KVCacheFormat(size)
 
 
