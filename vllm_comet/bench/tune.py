@@ -23,7 +23,7 @@ from vllm_comet.kernels import tiles as tile_tables
 from vllm_comet.kernels.tiles import Entry, Tile
 from vllm_comet.kernels.w4ax_gemm import hopper_kernel_supported
 
-DEFAULT_M = (8, 16, 32, 64, 128, 256, 1024, 4096)
+DEFAULT_M = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 
 def candidates(layout: str, n: int, k: int, m: int) -> list[Tile]:
@@ -60,9 +60,10 @@ def _hopper_candidates(n: int, k: int, m: int) -> list[Tile]:
     if m <= 32:
         forms = [(block_m, 64, 4, 8, 0), (block_m, 128, 4, 8, 0)]
     elif m <= 64:
-        forms = [(64, 128, 4, 4, 0), (64, 64, 4, 8, 4), (64, 128, 4, 4, 3)]
+        forms = [(64, 64, 4, 8, 0), (64, 128, 4, 4, 0), (64, 64, 4, 8, 4), (64, 128, 4, 4, 3)]
     else:
-        forms = [(64, 64, 4, 4, 4), (64, 128, 4, 4, 3), (128, 64, 4, 4, 4), (128, 128, 8, 4, 4)]
+        forms = [(64, 64, 4, 4, 0), (64, 128, 4, 4, 0), (64, 64, 4, 4, 4), (64, 128, 4, 4, 3), (128, 64, 4, 4, 4),
+                 (128, 128, 8, 4, 4)]  # fmt: skip
         forms += [(256, 128, 8, 3, 2)] if m > 128 else []
     split = [Tile(f[0], f[1], s, *f[2:4], 8, f[4]) for f in forms for s in _splits(n, k, m, f[0], f[1])]
     return split + (_small_candidates(m) if m <= 64 else [])

@@ -4,9 +4,9 @@
 Import it only where ``hopper_kernel_supported``; it needs a Triton that has Gluon (3.6 or later).
 
 A program owns 64·R weight rows × BM tokens of one slice of K. Weights, group scales and activations of STAGES blocks
-of 128 channels are in flight at a time. Weights lie in wgmma register order, so a
-thread reads 16 consecutive bytes and unpacks them into its fragment of A; no data moves between threads. While one
-half block (64 channels) is multiplied, the next is unpacked.
+of 128 channels are in flight at a time; large tiles hold the weights in registers instead, ``Tile.depth`` blocks ahead.
+Weights lie in wgmma register order, so a thread reads 16 consecutive bytes and unpacks them into its fragment of A; no
+data moves between threads. While one half block (64 channels) is multiplied, the next is unpacked.
 
 Weights don't depend on the kernel before, so with programmatic dependent launch their first stages are fetched while
 that kernel still runs; only then does the program wait for its activations.
