@@ -19,14 +19,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from tables import RESULTS, write_readme
 
 from calibrate.loading import open_model
 from calibrate.perplexity import text_windows, window_losses
 from calibrate.simulate import load_base, load_comet
 from vllm_comet.checkpoint import verify_checkpoint
 
-RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
 MODES = [("bf16", None, False), ("W4", "none", False), ("W4A8", "int8", False), ("W4 KV4", "none", True),
          ("W4A8KV4 (default)", "int8", True), ("W4AxKV4 (mixed)", "mixed", True)]
 
@@ -42,25 +41,6 @@ def measure(model: str, checkpoint: Path, text: Path, count: int) -> list[dict]:
             rows.append({"mode": name, "activations": activations, "kv4": kv4, "ppl": first})
             print(rows[-1], flush=True)
     return rows
-
-
-def write_readme() -> None:
-    """Put the tables of all ``results/accuracy-*.json`` between the README's accuracy marks."""
-    parts = []
-    for path in sorted(RESULTS.glob("accuracy-*.json")):
-        found = json.loads(path.read_text())
-        counts = list(found["rows"][0]["ppl"])
-        parts += [f"**{found['name']}**, WikiText-2 perplexity (raw test, rows joined, windows of 2048), checkpoint "
-                  f"{found['checkpoint_mb']} MB, bf16 {found['bf16_mb']} MB "
-                  f"([{path.name}](examples/results/{path.name}), made by `examples/accuracy.py`):", "",
-                  "| mode | " + " | ".join(f"first {n} windows" for n in counts) + " |",
-                  "|---" * (1 + len(counts)) + "|"]
-        parts += ["| " + " | ".join([row["mode"], *(f"{row['ppl'][n]:.2f}" for n in counts)]) + " |"
-                  for row in found["rows"]]
-        parts.append("")
-    head, _, rest = README.read_text().partition("<!-- accuracy:begin -->\n")
-    tail = rest.partition("<!-- accuracy:end -->")[2]
-    README.write_text(head + "<!-- accuracy:begin -->\n" + "\n".join(parts) + "<!-- accuracy:end -->" + tail)
 
 
 def main() -> None:

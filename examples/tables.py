@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write the README's result tables from ``examples/results/*.json``: ``python examples/tables.py``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+GEMM_MODES = ["comet-g128", "comet-g64", "comet-channel", "marlin-w4a16", "machete-w4a16", "cutlass-w8a8-int8",
+              "cutlass-fp8"]
+GEMM_ROWS = [1, 16, 64, 256, 1024, 4096]
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def source(path: Path, found: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "triton", "vllm", "transformers")
+                         if found["versions"].get(name))
+    return f"[{path.name}](examples/results/{path.name}): {found['device']}, {versions}, `{found['command']}`"
+
+
+def accuracy() -> Iterator[str]:
+    for path in sorted(RESULTS.glob("accuracy-*.json")):
+        found = json.loads(path.read_text())
+        counts = list(found["rows"][0]["ppl"])
+        yield (f"**{found['name']}**, WikiText-2 perplexity (raw test, rows joined, windows of 2048 tokens); checkpoint "
+               f"{found['checkpoint_mb']} MB, bf16 {found['bf16_mb']} MB. {source(path, found)}")
+        yield ""
+        yield from table(["mode", *(f"first {n} windows" for n in counts)],
+                         [[row["mode"], *(f"{row['ppl'][n]:.2f}" for n in counts)] for row in found["rows"]])
+
+
+def gemm() -> Iterator[str]:
+    for path in sorted(RESULTS.glob("gemm-*.json")):
+        found = json.loads(path.read_text())
+        time = {(r["mode"], r["layer"], r["m"]): (r["us"], r["us_with_quant"]) for r in found["rows"]
+                if r["model"] == "llama3-8b"}
+        layers = sorted({layer for _, layer, _ in time})
+
+        def speed(mode: str, m: int, column: int, time=time, layers=layers) -> str:
+            base = [time["cublas-bf16", layer, m][0] / time[mode, layer, m][column] for layer in layers]
+            return f"{geometric_mean(base):.2f}"
+
+        yield ("**W4Ax GEMM**, Llama-3-8B's qkv, o, gate_up and down: geometric mean of the speed over cuBLAS bf16, "
+               f"product alone / with the activation quantisation the mode needs. {source(path, found)}")
+        yield ""
+        yield from table(["M", *GEMM_MODES], [
+            [str(m), *(f"{speed(mode, m, 0)} / {speed(mode, m, 1)}" for mode in GEMM_MODES)] for m in GEMM_ROWS])
+
+
+def attention() -> Iterator[str]:
+    for path in sorted(RESULTS.glob("attention-*.json")):
+        found = json.loads(path.read_text())
+        time = {(r["batch"], r["context"], r["mode"]): r["us"] for r in found["rows"]
+                if r["model"] == "8b" and r["phase"] == "decode"}
+        cells = sorted({key[:2] for key in time})
+        yield ("**Decode attention over the 4-bit cache**, 32 query and 8 KV heads of 128, CUDA-graph replays. "
+               f"{source(path, found)}")
+        yield ""
+        header = ["batch, context", "µs", "over FA3 bf16", "over FA3 FP8 KV", "over vLLM's int4_per_token_head"]
+        yield from table(header, [
+            [f"{batch}, {context:,}", f"{time[batch, context, 'comet-int4']:.1f}",
+             *(f"{time[batch, context, mode] / time[batch, context, 'comet-int4']:.2f}"
+               for mode in ("fa3-bf16", "fa3-fp8", "vllm-int4"))] for batch, context in cells])
+
+
+def write_readme() -> None:
+    text = README.read_text()
+    for name, lines in (("accuracy", accuracy()), ("gemm", gemm()), ("attention", attention())):
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        head, rest = text.split(begin)
+        text = head + begin + "\n".join([*lines, ""]) + end + rest.split(end)[1]
+    README.write_text(text)
+
+
+if __name__ == "__main__":
+    write_readme()
