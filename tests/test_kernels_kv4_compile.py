@@ -23,6 +23,9 @@ KERNELS = {
     "decode": (kv4_decode._decode_kernel, SHAPE | {"T": 64, "ROWS": 8, "PART_ROWS": 4}, 1),
     "merge": (kv4_decode._merge_kernel, {"GROUP": 4, "D": D, "PART_ROWS": 4, "E": 128, "CHUNK": 8}, 1),
     "prefill": (kv4_prefill._prefill_kernel, SHAPE | {"T": 128, "QUERIES": 32, "HEADS": 4}, 8),
+    # planes of 24 lanes that span groups
+    "prefill-96-32": (
+        kv4_prefill._prefill_kernel, SHAPE | {"D": 96, "GROUPS": 3, "T": 128, "QUERIES": 32, "HEADS": 4}, 8),
     "gather": (kv4_prefill._gather_kernel, {k: v for k, v in SHAPE.items() if k != "GROUP"} | {"T": 32}, 4),
     "store": (
         kv4_cache._store_kernel,
@@ -60,7 +63,7 @@ def compiled(name, arch):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 @pytest.mark.parametrize(
     ("name", "arch"),
-    [("decode", 80), ("decode", 89), ("decode", 90), ("prefill", 80), ("prefill", 90), ("plan", 90), ("merge", 90),
+    [("decode", 80), ("decode", 89), ("decode", 90), ("prefill", 80), ("prefill", 90), ("prefill-96-32", 90), ("plan", 90), ("merge", 90),
      ("merge", 80), ("gather", 90), ("store", 80), ("store", 90)],
 )  # fmt: skip
 def test_compiles(name, arch):

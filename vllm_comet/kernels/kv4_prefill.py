@@ -22,13 +22,17 @@ from vllm_comet.kernels.kv4_cache import page_views
 @triton.jit
 def _plane(lanes, plane: tl.constexpr, meta_at, ok, lane, L: tl.constexpr, GROUP_SIZE: tl.constexpr):
     """Plane ``plane`` of ``lanes`` [T, LANES] dequantised to fp16; meta_at [T] points to a token's first group."""
-    if GROUP_SIZE % L == 0:  # one group for the whole plane
-        meta = tl.load(meta_at + plane * L // GROUP_SIZE, mask=ok, other=0)
-        code = ((lanes >> (4 * plane)) & 15).to(tl.float32)
-        x = code * meta_scale(meta)[:, None] + meta_zero(meta)[:, None]
-    else:
-        real = ok[:, None] & (lane < L)[None, :]
-        x = dequantize(lanes, plane, meta_at[:, None], lane[None, :], real, L, GROUP_SIZE)
+    code = ((lanes >> (4 * plane)) & 15).to(tl.float32)
+    first: tl.constexpr = plane * L // GROUP_SIZE
+    meta = tl.load(meta_at + first, mask=ok, other=0)
+    scale = meta_scale(meta)[:, None]
+    zero = meta_zero(meta)[:, None]
+    for g in tl.static_range(first + 1, ((plane + 1) * L - 1) // GROUP_SIZE + 1):  # a plane may span groups
+        meta = tl.load(meta_at + g, mask=ok, other=0)
+        behind = ((plane * L + lane) // GROUP_SIZE >= g)[None, :]
+        scale = tl.where(behind, meta_scale(meta)[:, None], scale)
+        zero = tl.where(behind, meta_zero(meta)[:, None], zero)
+    x = code * scale + zero
     return x.to(tl.float16)
 
 
@@ -152,7 +156,6 @@ def prefill(
     page_views(cache, head_dim, group_size)  # checks the layout
     heads = triton.next_power_of_2(group)
     queries = max(1, tile.rows // heads)
-    expand = group_size % (head_dim // 4) != 0
     grid = (triton.cdiv(max_query_len, queries), num_kv_heads, seq_lens.shape[0])
     _prefill_kernel[grid](
         q, cache.view(torch.int16), cache.view(torch.int32), block_table, query_start_loc, seq_lens, out,
@@ -160,7 +163,7 @@ def prefill(
         block_table.stride(0), cache.stride(0) // 2, cache.stride(1) // 2,
         GROUP=group, D=head_dim, GROUPS=head_dim // group_size, BLOCK=block_size, T=tile.tokens, QUERIES=queries,
         HEADS=heads, LANES=max(16, triton.next_power_of_2(head_dim // 4)),
-        num_warps=tile.warps, num_stages=1 if expand else tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
