@@ -63,8 +63,8 @@ def compiled(name, arch):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 @pytest.mark.parametrize(
     ("name", "arch"),
-    [("decode", 80), ("decode", 89), ("decode", 90), ("prefill", 80), ("prefill", 90), ("prefill-96-32", 90), ("plan", 90), ("merge", 90),
-     ("merge", 80), ("gather", 90), ("store", 80), ("store", 90)],
+    [("decode", 80), ("decode", 89), ("decode", 90), ("prefill", 80), ("prefill", 90), ("prefill-96-32", 90),
+     ("plan", 90), ("merge", 90), ("gather", 90), ("store", 80), ("store", 90)],
 )  # fmt: skip
 def test_compiles(name, arch):
     ptx = compiled(name, arch).asm["ptx"]
