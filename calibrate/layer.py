@@ -17,7 +17,6 @@ from calibrate.models import DOWN, GATE_UP, OUT, QKV, LinearInput
 from calibrate.stats import InputStats
 from vllm_comet.checkpoint import CometFormat
 
-CORR = 0.01
 _ROWS = 512
 """Tokens on which the activation error of a layer is measured."""
 
@@ -59,7 +58,6 @@ class LayerCalibrator:
         job.quantize(DOWN, down_inputs())
         return job.stored_tensors(), job.report
 
-
     def _drift(self, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor | None:
         """What a linear that adds to the residual stream should make good; a norm in between rules it out."""
         return None if self.builder.family.sandwich_norm else reference - hidden
@@ -87,7 +85,7 @@ class _LayerJob:
         drift = None if stats.drift is None else stats.drift[:, perm]
         errors, weights = {}, []
         floats = [self.layer.linear(member).weight[:, perm] for member in linear_input.members]
-        targets = corrected_targets(floats, hessian, cross, drift, CORR)
+        targets = corrected_targets(floats, hessian, cross, drift, self.owner.damping)
         compensation = Compensation.of(hessian, self.owner.damping, name)
         for member, weight in zip(linear_input.members, targets, strict=True):
             quantized = self._quantize_weight(weight, hessian, compensation, perm)

@@ -19,15 +19,16 @@ from calibrate.decoder import round_trip_kv
 from calibrate.fmpq import segments
 from calibrate.grid import dequantize
 from calibrate.loading import ModelSource
+from calibrate.stats import products_of_bf16
 from vllm_comet import checkpoint as fmt
 from vllm_comet.kernels.act_quant import quantize_activation_ref
-from vllm_comet.kernels.w4ax_gemm import w4ax_gemm_ref
 
 Activations = Literal["none", "int8", "mixed"]
 
 
 class CometLinear(torch.nn.Module):
-    """A linear layer that quantises its input in two segments and multiplies integers, per ``w4ax_gemm_ref``.
+    """A linear layer that quantises its input in two segments and multiplies integers: what ``w4ax_gemm_ref`` defines,
+    bit for bit, without its float64.
 
     tensors: the stored tensors by suffix. activations ``int8`` or ``mixed``: precision of the INT4 blocks.
     """
@@ -46,8 +47,21 @@ class CometLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         codes, scales = quantize_activation_ref(x.flatten(0, -2), self.perm, self.split, self.low_bits)
-        y = w4ax_gemm_ref(codes, scales, self.weight, self.weight_scale, self.split, self.bias, x.dtype)
-        return y.view(*x.shape[:-1], -1)
+        low = _integer_matmul(codes[:, : self.split], self.weight[:, : self.split])
+        high = _integer_matmul(codes[:, self.split :], self.weight[:, self.split :])
+        y = (low * scales[:, :1] + high * scales[:, 1:]) * self.weight_scale
+        if self.bias is not None:
+            y = y + self.bias.to(torch.float32)
+        return y.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _integer_matmul(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """``a wᵀ`` of int8 ``[M, K]`` and ``[N, K]``, as float32; exact, for 1024 products stay below 2**24."""
+    total = torch.zeros(a.shape[0], w.shape[0], dtype=torch.int32, device=a.device)
+    with products_of_bf16():
+        for x, y in zip(a.split(1024, dim=1), w.split(1024, dim=1), strict=True):
+            total += (x.to(torch.float32) @ y.to(torch.float32).T).to(torch.int32)
+    return total.to(torch.float32)
 
 
 def load_comet(

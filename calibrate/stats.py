@@ -12,7 +12,7 @@ from calibrate.errors import CalibrationError
 
 
 @contextlib.contextmanager
-def _products_of_bf16() -> Iterator[None]:
+def products_of_bf16() -> Iterator[None]:
     """Let float32 matrix products round their factors to bf16 or TF32: exact for factors that are bf16 values."""
     backends = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
     before = [backend.fp32_precision for backend in backends]
@@ -45,7 +45,7 @@ class InputStats:
 
     def add(self, x: torch.Tensor, reference: torch.Tensor, drift: torch.Tensor | None = None) -> None:
         """Count ``x``, the unquantised model's ``reference`` for it, and the residual stream's error ``drift``."""
-        exact = contextlib.nullcontext() if x.dtype == torch.float32 else _products_of_bf16()
+        exact = contextlib.nullcontext() if x.dtype == torch.float32 else products_of_bf16()
         x = x.flatten(0, -2).to(torch.float32)
         with exact:
             self._sum.addmm_(x.T, x)

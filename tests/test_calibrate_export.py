@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibrate.__main__ import main
 from calibrate.export import Workspace
-from calibrate.simulate import greedy, load_comet
+from calibrate.fmpq import segments
+from calibrate.simulate import CometLinear, greedy, load_comet
 from vllm_comet import checkpoint as fmt
+from vllm_comet.kernels.act_quant import quantize_activation_ref
+from vllm_comet.kernels.w4ax_gemm import w4ax_gemm_ref
 
 TOKENS = torch.randint(2, VOCAB - 60, (1, 40), generator=torch.Generator().manual_seed(0))
 
@@ -91,6 +94,22 @@ def test_quantised_model_stays_near_the_original(run, family, changes):
         assert abs(similarity("int8", False) - weights_only) < 0.01
         assert weights_only - similarity("int8", True) < 0.04
         assert weights_only > similarity("mixed", False) > 0.5
+
+
+@pytest.mark.parametrize("activations", ["int8", "mixed"])
+def test_simulated_linear_is_the_reference_bit_for_bit(run, activations):
+    tensors = load_file(run("Qwen2", "--int8-share", "0.5")[1] / "model.safetensors")
+    layer = "model.layers.1.self_attn.q_proj"
+    stored = {suffix: tensors[f"{layer}.{suffix}"] for suffix in fmt.COMET_SUFFIXES}
+    bias = tensors[f"{layer}.bias"]
+    order, split = segments(stored[fmt.ACT_BITS_NAME], 192)
+    assert 0 < split < 192
+    x = torch.randn(5, 192, generator=torch.Generator().manual_seed(0)) * 10
+    codes, scales = quantize_activation_ref(x, stored[fmt.INPUT_PERM].to(torch.int64)[order], split,
+                                            8 if activations == "int8" else 4)
+    weight = fmt.integer_weight(stored[fmt.WEIGHT_PACKED], stored[fmt.WEIGHT_GROUP_SCALE], 64)[:, order]
+    expected = w4ax_gemm_ref(codes, scales, weight, stored[fmt.WEIGHT_SCALE], split, bias, torch.float32)
+    assert torch.equal(CometLinear(stored, bias, 64, activations)(x), expected)
 
 
 def test_greedy_decoding_from_the_cache_agrees_with_one_forward_pass(run):
