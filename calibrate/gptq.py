@@ -31,12 +31,6 @@ class Compensation:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
         return cls(order, _inverse_factor(hessian[order][:, order], damping, name))
 
-    def importance(self) -> torch.Tensor:
-        """Cost ``[K]`` of a channel's squared rounding error once later channels have made good what they can."""
-        importance = torch.empty_like(self.inverse[0])
-        importance[self.order] = self.inverse.diagonal().square().reciprocal()
-        return importance
-
 
 def gptq(weight: torch.Tensor, compensation: Compensation, grid: Grid) -> torch.Tensor:
     """Codes 0..15 (uint8 ``[N, K]``) that lower ``tr((W − Ŵ) H (W − Ŵ)ᵀ)`` below what rounding to nearest gives.

@@ -105,7 +105,7 @@ class _LayerJob:
     def _quantize_weight(
         self, weight: torch.Tensor, hessian: torch.Tensor, compensation: Compensation, perm: torch.Tensor
     ) -> QuantizedLinear:
-        grid = search_grid(weight, compensation.importance(), self.owner.comet.group_size)
+        grid = search_grid(weight, hessian.diagonal(), self.owner.comet.group_size)
         codes = gptq(weight, compensation, grid)
         return QuantizedLinear(refit_rows(weight, hessian, grid, codes), codes, perm)
 
