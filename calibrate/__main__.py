@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     try:
         return _run(args)
-    except (CalibrationError, CheckpointError) as error:
+    except (CalibrationError, CheckpointError, OSError) as error:  # OSError: disk full, no permission
         print(f"comet-calibrate: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
