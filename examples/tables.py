@@ -30,7 +30,7 @@ def accuracy() -> Iterator[str]:
     for path in sorted(RESULTS.glob("accuracy-*.json")):
         found = json.loads(path.read_text())
         counts = list(found["rows"][0]["ppl"])
-        yield (f"**{found['name']}**, WikiText-2 perplexity (raw test, rows joined, windows of 2048 tokens); checkpoint "
+        yield (f"**{found['name']}**, WikiText-2 perplexity (raw test, rows joined, windows of 2048); checkpoint "
                f"{found['checkpoint_mb']} MB, bf16 {found['bf16_mb']} MB. {source(path, found)}")
         yield ""
         yield from table(["mode", *(f"first {n} windows" for n in counts)],

@@ -12,8 +12,10 @@ import engine
 import pytest
 import tiny
 import torch
+from calibrate_tiny import VOCAB, save_tiny, write_text
 from safetensors.torch import load_file
 
+from calibrate.__main__ import main as calibrate
 from calibrate.simulate import CometLinear, load_comet
 from vllm_comet import checkpoint as ck
 
@@ -34,14 +36,14 @@ def served(checkpoint):
     return engine.run(checkpoint, [PROMPTS, PROMPTS[:3]], TOKENS, enable_prefix_caching=True, block_size=32)
 
 
-def assert_agrees_with_torch(run, model, exact=1e-5, worst=0.25):
+def assert_agrees_with_torch(run, model, exact=1e-5, worst=0.25, prompts=PROMPTS):
     """Top-5 log-probabilities of the first step equal those of the torch ``model`` fed with the same tokens.
 
     A rounding difference that crosses the border between two codes shows in all later positions of its prompt; prompts
     without one agree to rounding. So a quarter of all positions must agree within ``exact``, and all within ``worst``.
     """
     errors = []
-    for prompt, output in zip(PROMPTS, run.outputs[0], strict=True):
+    for prompt, output in zip(prompts, run.outputs[0], strict=True):
         ids = torch.tensor([prompt + output["tokens"]])
         logprobs = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         assert len(output["logprobs"]) == len(logprobs)
@@ -157,6 +159,20 @@ def test_other_weight_formats(tmp_path, group_size):
     """A hidden size of 320 has a short last block; group size -1 has no group scales."""
     model = tiny.write(tmp_path / "model", group_size, kv_group_size=32, slices=1, hidden_size=320)
     assert_agrees_with_torch(engine.run(model, [PROMPTS], TOKENS), load_comet(model))
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Gemma3"])
+def test_calibrated_families(tmp_path, family):
+    """Calibrate and serve: biases of q, k and v (Qwen2); q and k norms, sliding window and four norms (Gemma-3)."""
+    # vLLM takes the head size of Qwen2 from hidden_size / heads.
+    base = save_tiny(tmp_path / "base", family, hidden_size=128)
+    text = write_text(tmp_path / "text.txt")
+    model = tmp_path / "comet"
+    assert calibrate([str(base), "--out", str(model), "--data", str(text), "--length", "64", "--samples", "8"]) == 0
+    prompts = [[token % VOCAB for token in prompt] for prompt in PROMPTS]
+    run = engine.run(model, [prompts], TOKENS, max_model_len=256)
+    assert "COMET 4-bit KV cache: " in run.log
+    assert_agrees_with_torch(run, load_comet(model), prompts=prompts)
 
 
 # ------------------------------------------------------------------------------------------ what must fail, and how
