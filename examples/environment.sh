@@ -5,10 +5,11 @@
 CPU_TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
 make_environment() {
-  local extras=$1 device=cpu python stamp
-  python=$(command -v python3.12 || command -v python3.11 || command -v python3)
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-    || { echo "Python 3.11 or newer is needed; found $("$python" --version)." >&2; return 1; }
+  local extras=$1 device=cpu candidate python="" stamp
+  for candidate in python3.12 python3.11 python3; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$candidate; break; fi
+  done
+  [ -n "$python" ] || { echo "Python 3.11 or newer is needed, and none was found." >&2; return 1; }
   if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then device=cuda; fi
   [ -x .venv/bin/python ] || "$python" -m venv .venv
   . .venv/bin/activate
