@@ -27,7 +27,8 @@ def server(tmp_path_factory):
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
                "--quantization", "comet", "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "512",
-               "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "tiny", "--dtype", "float32"]
+               "--enforce-eager", "--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "tiny",
+               "--dtype", "float32"]
     log = folder / "log"
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT,
