@@ -91,6 +91,13 @@ def test_settings_error_names_the_variable(monkeypatch):
         Settings.load()
 
 
+def test_the_flag_on_a_model_that_is_no_comet_checkpoint_names_the_calibrator():
+    from vllm_comet.quantization.config import CometConfig
+
+    with pytest.raises(ValueError, match="--quantization comet needs a COMET checkpoint.* comet-calibrate MODEL"):
+        CometConfig()
+
+
 def attention_layer(**changes):
     impl = SimpleNamespace(alibi_slopes=None, logits_soft_cap=0, scale=0.125)
     layer = dict(attn_type="decoder", head_size=64, head_size_v=64, kv_sharing_target_layer_name=None, has_sink=False,

@@ -79,8 +79,8 @@ class CometConfig(QuantizationConfig):
 
             select_kv_cache(layer, prefix, self.format.kv_cache)
         if isinstance(layer, RoutedExperts):
-            raise CheckpointError(f"{prefix}: mixture-of-experts layers are not supported by vllm-comet "
-                                  f"{self.format.version}. Serve the original checkpoint.")
+            raise CheckpointError(f"{prefix}: mixture-of-experts layers are not supported by vllm-comet. Serve the "
+                                  "original checkpoint.")
         return None
 
 
