@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Registration is light, idempotent and harmless; settings and unsupported layers say what is wrong."""
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -169,6 +170,18 @@ UNSUPPORTED = [
 def test_a_layer_it_cannot_serve_keeps_vllms_cache_with_a_reason(select, changes, reason):
     used, log = select(attention_layer(**changes), engine_config())
     assert not used and reason in log
+
+
+@pytest.mark.parametrize("changes, reason", [
+    (dict(head_size=192, head_size_v=192), r"head_dim 192 has no GPU kernel; allowed: \(64, 96, 128, 256\)"),
+    (dict(num_heads=64), "64 query heads over 2 KV heads are more than 16 per KV head"),
+])
+def test_gpu_kernels_have_limits_of_their_own(select, monkeypatch, changes, reason):
+    from vllm_comet.attention import select as module
+
+    monkeypatch.setattr(module, "current_platform", SimpleNamespace(is_cuda=lambda: True))
+    used, log = select(attention_layer(**changes), engine_config())
+    assert not used and re.search(reason, log)
 
 
 @pytest.mark.parametrize("changes, reason", UNSUPPORTED)

@@ -14,12 +14,16 @@ import torch
 from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import MLAAttention
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_comet.attention.backend import CometAttentionImpl, backend_for
 from vllm_comet.checkpoint import CheckpointError, KVCacheFormat
+from vllm_comet.kernels.kv4_decode import MAX_GROUP
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below "vllm"
+GPU_HEAD_DIMS = (64, 96, 128, 256)
+"""Head sizes that the GPU kernels are tested with."""
 
 
 def select_kv_cache(layer: torch.nn.Module, prefix: str, fmt: KVCacheFormat) -> None:
@@ -77,6 +81,10 @@ def _unsupported(layer: Any, config: VllmConfig, fmt: KVCacheFormat) -> str | No
         return f"attention type {layer.attn_type} is not supported, only decoder self-attention"
     if layer.head_size % fmt.group_size or layer.head_size % 32:
         return f"head_dim {layer.head_size} is not a multiple of the KV group size {fmt.group_size} and of 32"
+    if current_platform.is_cuda() and layer.head_size not in GPU_HEAD_DIMS:
+        return f"head_dim {layer.head_size} has no GPU kernel; allowed: {GPU_HEAD_DIMS}"
+    if current_platform.is_cuda() and layer.num_heads > MAX_GROUP * layer.num_kv_heads:
+        return f"{layer.num_heads} query heads over {layer.num_kv_heads} KV heads are more than {MAX_GROUP} per KV head"
     if layer.head_size_v != layer.head_size:
         return f"K and V heads differ in size ({layer.head_size}, {layer.head_size_v})"
     if layer.kv_sharing_target_layer_name is not None:
