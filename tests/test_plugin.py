@@ -29,6 +29,10 @@ from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 assert get_quantization_config("comet").__name__ == "CometConfig"
 assert AttentionBackendEnum["COMET"].get_class().__name__ == "CometAttentionBackend"
+import os
+from vllm import envs
+os.environ["VLLM_COMET_ACTIVATIONS"] = "mixed"
+assert envs.compile_factors()["VLLM_COMET_ACTIVATIONS"] == "mixed", "it decides what the compiled graph does"
 """
 
 UNFIT = """

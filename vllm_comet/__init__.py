@@ -34,7 +34,9 @@ def register() -> None:
         from vllm.v1.attention.backends.registry import register_backend
 
         import vllm_comet.quantization.config  # noqa: F401  (registers "comet")
+        from vllm_comet.settings import register_environment
 
+        register_environment()
         register_backend("COMET", "vllm_comet.attention.backend.CometAttentionBackend")
     except Exception:  # an exception here would stop every vLLM process, comet user or not
         logger.exception("vllm-comet %s is inactive: it could not register", __version__)

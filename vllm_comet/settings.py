@@ -13,12 +13,22 @@ verify         VLLM_COMET_VERIFY          1         check the checksums of a loc
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 ACTIVATIONS = ("auto", "mixed", "int8")
+DEFAULTS = {"VLLM_COMET_ACTIVATIONS": "auto", "VLLM_COMET_VERIFY": "1"}
+
+
+def register_environment() -> None:
+    """Make our variables known to vLLM: it warns of others, and its cache of compiled graphs is keyed by known ones."""
+    from vllm import envs
+
+    for variable, default in DEFAULTS.items():
+        envs.environment_variables[variable] = functools.partial(os.environ.get, variable, default)
 
 
 @dataclass(frozen=True)
@@ -36,17 +46,17 @@ class Settings:
         unknown = sorted(set(given) - {"activations", "verify"})
         if unknown:
             raise ValueError(f"{where} has unknown keys {unknown}; allowed: activations, verify.")
-        activations = _choose(given, "activations", "VLLM_COMET_ACTIVATIONS", "auto", {a: a for a in ACTIVATIONS})
+        activations = _choose(given, "activations", "VLLM_COMET_ACTIVATIONS", {a: a for a in ACTIVATIONS})
         switch = {"0": False, "1": True, "false": False, "true": True}
-        verify = _choose(given, "verify", "VLLM_COMET_VERIFY", "1", switch)
+        verify = _choose(given, "verify", "VLLM_COMET_VERIFY", switch)
         return cls(activations, verify)
 
 
-def _choose(given: Mapping[str, Any], key: str, variable: str, default: str, allowed: dict[str, Any]) -> Any:
+def _choose(given: Mapping[str, Any], key: str, variable: str, allowed: dict[str, Any]) -> Any:
     if key in given:
         value, where = str(given[key]).lower(), f"--additional-config comet.{key}"
     else:
-        value, where = os.environ.get(variable, default).lower(), variable
+        value, where = os.environ.get(variable, DEFAULTS[variable]).lower(), variable
     if value not in allowed:
         raise ValueError(f"{where} is {value!r}; allowed: {', '.join(allowed)}.")
     return allowed[value]
