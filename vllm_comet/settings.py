@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""User settings: ``--additional-config '{"comet": {…}}'`` first, then ``VLLM_COMET_*`` environment variables.
+"""User settings: environment variables, and ``--additional-config '{"comet": {…}}'``, which comes first.
 
-=============  =========================  ========  ==================================================================
-setting        environment variable       default   values
-=============  =========================  ========  ==================================================================
-activations    VLLM_COMET_ACTIVATIONS     auto      ``int8``: every block in INT8 (W4A8). ``mixed``: 4 or 8 bits per
-                                                    block, as calibrated (W4Ax). ``auto``: the faster of the two on
-                                                    this device, and the more accurate where they tie.
-verify         VLLM_COMET_VERIFY          1         check the checksums of a local checkpoint before loading it (0, 1)
-=============  =========================  ========  ==================================================================
+==========================================  ========  ================================================================
+setting                                     default   values
+==========================================  ========  ================================================================
+``comet.activations``,                      auto      ``int8``: every block in INT8 (W4A8). ``mixed``: 4 or 8 bits per
+``VLLM_COMET_ACTIVATIONS``                            block, as calibrated (W4Ax). ``auto``: what is faster on this
+                                                      device and, where they tie, as everywhere today, ``int8``.
+``VLLM_COMET_VERIFY``                       1         check the checksums of a local checkpoint before loading it: 0, 1
+==========================================  ========  ================================================================
 """
 
 from __future__ import annotations
@@ -40,23 +40,25 @@ class Settings:
     def load(cls, additional_config: Mapping[str, Any] | None = None) -> Settings:
         """Read the settings; raises ValueError naming the setting, where it was given, its value and allowed ones."""
         given = (additional_config or {}).get("comet", {})
-        where = '--additional-config "comet"'
+        where = "--additional-config comet"
         if not isinstance(given, Mapping):
-            raise ValueError(f"{where} is {given!r}; it must be an object with the keys activations and verify.")
-        unknown = sorted(set(given) - {"activations", "verify"})
+            raise ValueError(f"{where} is {given!r}; it must be an object with the key activations.")
+        unknown = sorted(set(given) - {"activations"})
         if unknown:
-            raise ValueError(f"{where} has unknown keys {unknown}; allowed: activations, verify.")
-        activations = _choose(given, "activations", "VLLM_COMET_ACTIVATIONS", {a: a for a in ACTIVATIONS})
-        switch = {"0": False, "1": True, "false": False, "true": True}
-        verify = _choose(given, "verify", "VLLM_COMET_VERIFY", switch)
-        return cls(activations, verify)
+            raise ValueError(f"{where} has unknown keys {unknown}; allowed: activations.")
+        modes = {mode: mode for mode in ACTIVATIONS}
+        if "activations" in given:
+            activations = _allowed(f"{where}.activations", str(given["activations"]), modes)
+        else:
+            activations = _environment("VLLM_COMET_ACTIVATIONS", modes)
+        return cls(activations, _environment("VLLM_COMET_VERIFY", {"0": False, "1": True}))
 
 
-def _choose(given: Mapping[str, Any], key: str, variable: str, allowed: dict[str, Any]) -> Any:
-    if key in given:
-        value, where = str(given[key]).lower(), f"--additional-config comet.{key}"
-    else:
-        value, where = os.environ.get(variable, DEFAULTS[variable]).lower(), variable
-    if value not in allowed:
+def _environment(variable: str, allowed: dict[str, Any]) -> Any:
+    return _allowed(variable, os.environ.get(variable, DEFAULTS[variable]), allowed)
+
+
+def _allowed(where: str, value: str, allowed: dict[str, Any]) -> Any:
+    if value.lower() not in allowed:
         raise ValueError(f"{where} is {value!r}; allowed: {', '.join(allowed)}.")
-    return allowed[value]
+    return allowed[value.lower()]
