@@ -10,6 +10,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+@pytest.fixture(autouse=True)
+def fixed_global_seed():
+    """The same random data in every run, in any order of tests."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

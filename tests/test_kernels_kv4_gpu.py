@@ -47,6 +47,11 @@ def paged(lengths, heads, head_dim, group_size, block_size, seed):
     return cache.to(DEVICE), table.to(DEVICE)
 
 
+HALF_PRECISION = 2e-3
+"""Bound of an output's relative error: the kernels round probabilities to fp16 (2**-11), and what scales and
+zero-points contribute cancels in part, which enlarges that a few times. Rounding to bf16 alone costs up to 2**-9."""
+
+
 def relative_error(out, ref):
     return ((out.double() - ref).norm() / ref.norm().clamp_min(1e-30)).item()
 
@@ -114,7 +119,7 @@ def test_decode(lengths, heads, group, head_dim, group_size, block_size, window)
         out = torch.full(q.shape, float("nan"), device=DEVICE)
         plan(seq_lens, window, head_dim, scratch)
         decode(q, cache, table, group_size, scale, window, out, scratch)
-        assert relative_error(out, ref) < 1e-3
+        assert relative_error(out, ref) < HALF_PRECISION
 
 
 def run_decode(q, cache, table, lengths, heads, group_size, window=None, max_requests=None):
@@ -153,7 +158,7 @@ def test_decode_fuzz(seed):
     starts = torch.arange(len(lengths) + 1)
     lens = torch.tensor(lengths)
     ref = attention_ref(q, cache, table, starts, lens, group_size, head_dim**-0.5, window)
-    assert relative_error(out, ref) < 1e-3, (head_dim, group_size, heads, group, block_size, window, lengths)
+    assert relative_error(out, ref) < HALF_PRECISION, (head_dim, group_size, heads, group, block_size, window, lengths)
 
 
 @pytest.mark.skipif(INTERPRET, reason="CUDA graphs need a GPU")
@@ -174,7 +179,7 @@ def test_decode_in_a_cuda_graph_serves_other_lengths():
         out.fill_(float("nan"))
         graph.replay()
         ref = attention_ref(q, cache, table, torch.arange(5), seq_lens, 128, 0.1)
-        assert relative_error(out, ref) < 1e-3
+        assert relative_error(out, ref) < HALF_PRECISION
 
 
 def test_prefill_flash_hands_over_the_right_arguments():
@@ -243,7 +248,7 @@ def test_prefill(lengths, queries, heads, group, head_dim, group_size, block_siz
     ref = attention_ref(q, cache, table, starts, seq_lens, group_size, scale, window)
     out = torch.full(q.shape, float("nan"), device=DEVICE)
     prefill(q, cache, table, starts, seq_lens, max(queries) + 5, group_size, scale, window, out)
-    assert relative_error(out, ref) < 1e-3
+    assert relative_error(out, ref) < HALF_PRECISION
 
 
 @pytest.mark.parametrize(("head_dim", "group_size"), SHAPES)
