@@ -70,10 +70,12 @@ class CometConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             if should_ignore_layer(prefix, self.ignore, self.packed_modules_mapping):
                 return UnquantizedLinearMethod()
+            from vllm_comet.quantization.fusion import install_fusion
             from vllm_comet.quantization.linear import CometLinearMethod
 
-            settings = Settings.load(get_current_vllm_config().additional_config)
-            return CometLinearMethod(self.format, prefix, settings)
+            vllm_config = get_current_vllm_config()
+            install_fusion(vllm_config)
+            return CometLinearMethod(self.format, prefix, Settings.load(vllm_config.additional_config))
         if isinstance(layer, (Attention, MLAAttention)) and self.format.kv_cache is not None:
             from vllm_comet.attention.select import select_kv_cache
 
