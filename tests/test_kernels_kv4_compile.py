@@ -78,10 +78,11 @@ def test_compiles(name, arch):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="already in the interpreter")
 def test_kernels_in_the_interpreter():
     """Every kernel against its reference, without a GPU."""
-    path = Path(__file__).with_name("test_kernels_kv4_gpu.py")
+    tests = Path(__file__).parent
+    files = [str(tests / f"test_kernels_kv4_{name}.py") for name in ("gpu", "backend")]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(path)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=path.parents[1],
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}, cwd=tests.parent,
         capture_output=True, text=True,
     )  # fmt: skip
     assert run.returncode == 0 and re.search(r"\d+ passed", run.stdout), run.stdout[-3000:] + run.stderr[-2000:]

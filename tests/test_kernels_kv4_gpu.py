@@ -182,30 +182,33 @@ def test_decode_in_a_cuda_graph_serves_other_lengths():
         assert relative_error(out, ref) < HALF_PRECISION
 
 
-def test_prefill_flash_hands_over_the_right_arguments():
-    """A stand-in for FlashAttention's signature, in plain torch, over the gathered K and V."""
-    lengths, queries, heads, window = [40, 9], [12, 9], 2, 20
+def flash_in_torch(
+    q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k, softmax_scale, causal, window_size, out
+):  # fmt: skip
+    """Stands for vLLM's ``flash_attn_varlen_func``: the arguments that we pass, in plain torch."""
+    assert causal and max_seqlen_q >= cu_seqlens_q.diff().max() and max_seqlen_k >= cu_seqlens_k.diff().max()
+    before, after = window_size or (2**30, 0)
+    for r in range(len(cu_seqlens_q) - 1):
+        rows = slice(cu_seqlens_q[r], cu_seqlens_q[r + 1])
+        repeat = q.shape[1] // k.shape[1]
+        keys, values = (x[cu_seqlens_k[r] : cu_seqlens_k[r + 1]].repeat_interleave(repeat, 1).float() for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[rows].float(), keys) * softmax_scale
+        last = torch.arange(scores.shape[2], device=q.device)[scores.shape[2] - scores.shape[1] :, None]
+        distance = last - torch.arange(scores.shape[2], device=q.device)
+        hidden = (distance < -after) | (distance > before)
+        out[rows] = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values).to(q.dtype)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+def test_prefill_flash_hands_over_the_right_arguments(window):
+    lengths, queries, heads = [40, 9], [12, 9], 2
     cache, table = paged(lengths, heads, 64, 32, 16, seed=11)
     q = torch.randn(sum(queries), 2 * heads, 64, device=DEVICE)
     starts = torch.tensor([0, *torch.tensor(queries).cumsum(0)], dtype=torch.int32, device=DEVICE)
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
-
-    def flash(
-        q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k, softmax_scale, causal, window_size, out
-    ):  # fmt: skip
-        assert (max_seqlen_q, max_seqlen_k, causal) == (12, 40, True)
-        for r in range(len(cu_seqlens_q) - 1):
-            rows = slice(cu_seqlens_q[r], cu_seqlens_q[r + 1])
-            keys, values = (x[cu_seqlens_k[r] : cu_seqlens_k[r + 1]].repeat_interleave(2, 1) for x in (k, v))
-            scores = torch.einsum("qhd,khd->hqk", q[rows], keys) * softmax_scale
-            last = torch.arange(scores.shape[2], device=DEVICE)[-scores.shape[1] :, None]
-            distance = last - torch.arange(scores.shape[2], device=DEVICE)
-            hidden = (distance < -window_size[1]) | (distance > window_size[0])
-            out[rows] = torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values)
-
     workspace = torch.full((2, 60, heads, 64), float("nan"), device=DEVICE)
     out = torch.full_like(q, float("nan"))
-    prefill_flash(flash, q, cache, table, starts, ends, 12, 40, 32, 0.1, window, out, workspace)
+    prefill_flash(flash_in_torch, q, cache, table, starts, ends, 12, 40, 32, 0.1, window, out, workspace)
     lens = torch.tensor(lengths, device=DEVICE)
     assert relative_error(out, attention_ref(q, cache, table, starts, lens, 32, 0.1, window)) < 1e-5
 

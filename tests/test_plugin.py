@@ -126,6 +126,7 @@ def select(monkeypatch):
     from vllm_comet.checkpoint import KVCacheFormat
 
     log = []
+    monkeypatch.setattr("vllm_comet.attention.backend.current_platform", SimpleNamespace(is_cuda=lambda: False))
     monkeypatch.setattr(module.logger, "info_once", lambda text, *args: log.append(text % args))
     monkeypatch.setattr(module.logger, "warning_once", lambda text, *args: log.append(text % args))
 

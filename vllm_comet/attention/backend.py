@@ -14,7 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -29,7 +30,8 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from vllm_comet.kernels import kv4_cache, kv4_cpu, kv4_decode, kv4_prefill
+from vllm_comet.attention import prefill
+from vllm_comet.kernels import kv4_cache, kv4_cpu, kv4_decode
 
 BLOCK_SIZE_MULTIPLE = 16
 
@@ -97,11 +99,10 @@ class CometAttentionMetadata(AttentionMetadata):
 
     num_actual_tokens: int
     num_decodes: int
-    max_query_len: int
     query_start_loc: torch.Tensor  # int32 [R + 1]
     seq_lens: torch.Tensor  # int32 [R], tokens in the cache including this step's
     block_table: torch.Tensor  # int32 [R, P]
-    prefill_start_loc: torch.Tensor | None = None  # int32, query_start_loc of the others, from 0; GPU only
+    prefills: list[prefill.PrefillRun] = field(default_factory=list)  # the other requests; GPU only
     scratch: dict[int | None, kv4_decode.DecodeScratch] = field(default_factory=dict)  # by sliding window; GPU only
 
 
@@ -116,6 +117,7 @@ class CometMetadataBuilder(AttentionMetadataBuilder[CometAttentionMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         self.head_dim = kv_cache_spec.head_size
+        self.workspace_tokens = prefill.workspace_tokens(vllm_config)
         self.scratch: dict[int | None, kv4_decode.DecodeScratch] = {}
         if device.type == "cuda":
             layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
@@ -134,15 +136,13 @@ class CometMetadataBuilder(AttentionMetadataBuilder[CometAttentionMetadata]):
         decodes, prefills, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
         for window, scratch in self.scratch.items() if decodes else ():
             kv4_decode.plan(common.seq_lens[:decodes], window, self.head_dim, scratch)
-        starts = common.query_start_loc
         return CometAttentionMetadata(
             num_actual_tokens=common.num_actual_tokens,
             num_decodes=decodes,
-            max_query_len=common.max_query_len,
-            query_start_loc=starts,
+            query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
-            prefill_start_loc=starts[decodes:] - decodes if self.scratch and prefills else None,
+            prefills=prefill.split(common, decodes, self.workspace_tokens) if self.scratch and prefills else [],
             scratch=self.scratch,
         )
 
@@ -175,6 +175,9 @@ class CometAttentionImpl(AttentionImpl[CometAttentionMetadata]):
         # Kept for attention.select, which refuses what the kernels don't do.
         self.alibi_slopes = alibi_slopes
         self.logits_soft_cap = logits_soft_cap
+        self.prefill = prefill.paged_prefill
+        if current_platform.is_cuda():
+            self.prefill = prefill.choose(get_current_vllm_config(), self.num_kv_heads, head_size)
 
     @property
     def bytes_per_token(self) -> int:
@@ -226,7 +229,5 @@ class CometAttentionImpl(AttentionImpl[CometAttentionMetadata]):
             kv4_decode.decode(
                 query[:n], kv_cache, batch.block_table[:n], self.group_size, self.scale, window, output[:n],
                 batch.scratch[window])
-        if batch.prefill_start_loc is not None:
-            kv4_prefill.prefill(
-                query[n:], kv_cache, batch.block_table[n:], batch.prefill_start_loc, batch.seq_lens[n:],
-                batch.max_query_len, self.group_size, self.scale, window, output[n:])
+        for run in batch.prefills:
+            self.prefill(query[run.rows], kv_cache, run, self.group_size, self.scale, window, output[run.rows])
