@@ -7,6 +7,7 @@ import torch
 
 from vllm_comet.kernels import ops
 from vllm_comet.kernels.linear import LinearWeight
+from vllm_comet.kernels.tiles import choose_tile
 
 
 class GpuLinear(torch.nn.Module):
@@ -29,3 +30,12 @@ class GpuLinear(torch.nn.Module):
         return torch.ops.vllm_comet.w4ax_linear(
             codes, scales, self.packed, self.group_scale, self.counters, self.scale, bias, self.n, self.k,
             self.group_size, self.split, self.layout, x.dtype)
+
+    def compile_kernels(self, max_tokens: int, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+        """Run every kernel that 1 to ``max_tokens`` tokens can choose, so that serving compiles none."""
+        device = self.packed.device
+        tiles = {}
+        for m in range(max_tokens, 0, -1):
+            tiles[choose_tile(device, self.layout, self.n, self.k, m)] = m
+        for m in tiles.values():
+            self(torch.zeros(m, self.k, dtype=dtype, device=device), bias)

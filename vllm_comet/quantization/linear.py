@@ -19,6 +19,7 @@ from vllm_comet.settings import Settings
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below "vllm"
 DUMMY_INT8_SHARE = 0.16
 """Share of INT8 blocks of ``--load-format dummy``: the calibrator's default."""
+_compiled: set[tuple] = set()
 
 
 @register_weight_loader_v2_supported_method
@@ -70,12 +71,23 @@ class CometLinearMethod(LinearMethodBase):
             self.format.group_size, values[ck.ACT_BITS_NAME], perm,
         )
         layer.comet_kernel = make_linear_kernel(weight, self.low_bits)
+        if weight.packed.device.type == "cuda":
+            self._compile_kernels_once(layer)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if x.dim() == 2:  # without reshapes, so that the compile pass of fusion.py sees who makes x
             return layer.comet_kernel(x, bias)
         y = layer.comet_kernel(x.reshape(-1, x.shape[-1]), bias)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _compile_kernels_once(self, layer: torch.nn.Module) -> None:
+        """Layers of one shape share their kernels; the first of them compiles what the engine's batches can need."""
+        kernel, bias = layer.comet_kernel, getattr(layer, "bias", None)
+        key = (kernel.n, kernel.k, kernel.split in (0, kernel.k), kernel.perm is None, self.low_bits, bias is None)
+        if key not in _compiled:
+            _compiled.add(key)
+            config = get_current_vllm_config()
+            kernel.compile_kernels(config.scheduler_config.max_num_batched_tokens, bias, config.model_config.dtype)
 
     def _local_permutation(self, layer: torch.nn.Module, parameter: Any) -> torch.Tensor | None:
         """The permutation within this rank's slice of K, or None if the checkpoint has none for this layer."""
