@@ -48,8 +48,8 @@ class ActivationQuantizationFusion(InductorPass):
         norms = sum(_fuse_norm(graph, node) for node in nodes)
         silus = sum(_fuse_silu(graph, node) for node in nodes)
         if nodes:
-            logger.debug("activation quantisations: %d, fused with a norm: %d, with SiLU·mul: %d",
-                         len(nodes), norms, silus)
+            logger.info_once("COMET compile pass: of %d activation quantisations in a graph, %d joined a norm and %d "
+                             "SiLU·mul.", len(nodes), norms, silus)
 
     def uuid(self) -> str:
         return InductorPass.hash_source(Path(__file__).read_text(), Path(ops.__file__).read_text())
