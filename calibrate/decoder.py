@@ -2,9 +2,9 @@
 """One decoder layer in stages, so that each linear sees its input as the already quantised ones before it produce it.
 
 The maths is Hugging Face's (its norm, rotary and activation modules are used as they are); only the order of calls is
-spelled out here, because the library's ``forward`` can't be stopped between two linears. Weights and the residual
-stream ("hidden") are float32; what passes through the linears has the builder's ``dtype``. Activations are
-``[B, T, channels]``.
+spelled out here, because the library's ``forward`` can't be stopped between two linears. What passes through the
+linears has the builder's ``dtype``, norms are float32, and the residual stream ("hidden") has ``hidden_dtype``.
+Activations are ``[B, T, channels]``.
 """
 
 from __future__ import annotations
@@ -34,21 +34,24 @@ class DecoderBuilder:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config).model
         self.config, self.family, self.device, self.dtype = config, family, device, dtype
+        self.hidden_dtype = torch.float32 if device.type == "cpu" else dtype  # off a CPU they are stored and moved
         self._layer_class = type(model.layers[0])
         self._rotary = type(model.rotary_emb)(config).to(device)
 
-    def build(self, index: int, tensors: dict[str, torch.Tensor]) -> DecoderLayer:
-        """Layer ``index`` from all of its float tensors, names relative to the layer."""
+    def build(self, index: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> DecoderLayer:
+        """Layer ``index`` from all of its float tensors, names relative to the layer; ``dtype``: of its matrices."""
         with torch.device("meta"):
             module = self._layer_class(self.config, index)
-        state = {name: tensor.to(self.device, torch.float32, copy=True) for name, tensor in tensors.items()}
+        state = {name: tensor.to(self.device).to(dtype if tensor.dim() == 2 else torch.float32, copy=True)
+                 for name, tensor in tensors.items()}
         module.load_state_dict(state, strict=True, assign=True)
         return DecoderLayer(module.eval().requires_grad_(False), self, index)
 
     def embed(self, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Hidden states ``[B, T, hidden]`` float32 of int64 ``tokens``."""
-        hidden = F.embedding(tokens, weight).to(torch.float32)
-        return hidden * self.config.hidden_size**0.5 if self.family.scaled_embedding else hidden
+        """Hidden states ``[B, T, hidden]`` of int64 ``tokens``, on the device."""
+        hidden = F.embedding(tokens, weight).to(self.device, torch.float32)
+        scaled = hidden * self.config.hidden_size**0.5 if self.family.scaled_embedding else hidden
+        return scaled.to(self.hidden_dtype)
 
     def rotary(self, hidden: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
@@ -76,7 +79,7 @@ class DecoderLayer:
         return F.linear(x, linear.weight.to(x.dtype), bias)
 
     def attention_input(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.module.input_layernorm(hidden).to(self.builder.dtype)
+        return self.module.input_layernorm(hidden.to(torch.float32)).to(self.builder.dtype)
 
     def qkv(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k (after RoPE) and v, ``[B, heads, T, head_dim]``."""
@@ -100,11 +103,11 @@ class DecoderLayer:
 
     def add_attention(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         out = self._apply("self_attn.o_proj", attended).to(torch.float32)
-        return hidden + (self.module.post_attention_layernorm(out) if self.family.sandwich_norm else out)
+        return self._add(hidden, self.module.post_attention_layernorm(out) if self.family.sandwich_norm else out)
 
     def mlp_input(self, hidden: torch.Tensor) -> torch.Tensor:
         norm = "pre_feedforward_layernorm" if self.family.sandwich_norm else "post_attention_layernorm"
-        return self.module.get_submodule(norm)(hidden).to(self.builder.dtype)
+        return self.module.get_submodule(norm)(hidden.to(torch.float32)).to(self.builder.dtype)
 
     def mlp_hidden(self, x: torch.Tensor) -> torch.Tensor:
         """The input of down_proj."""
@@ -112,9 +115,16 @@ class DecoderLayer:
 
     def add_mlp(self, hidden: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
         out = self._apply("mlp.down_proj", activated).to(torch.float32)
-        return hidden + (self.module.post_feedforward_layernorm(out) if self.family.sandwich_norm else out)
+        return self._add(hidden, self.module.post_feedforward_layernorm(out) if self.family.sandwich_norm else out)
+
+    @staticmethod
+    def _add(hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return (hidden + out).to(hidden.dtype)
+
+    def attended(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The input of o_proj from the layer's input."""
+        return self.attention(*self.qkv(self.attention_input(hidden)))
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        attended = self.attention(*self.qkv(self.attention_input(hidden)))
-        hidden = self.add_attention(hidden, attended)
+        hidden = self.add_attention(hidden, self.attended(hidden))
         return self.add_mlp(hidden, self.mlp_hidden(self.mlp_input(hidden)))

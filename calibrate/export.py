@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +20,28 @@ from calibrate.loading import ModelSource
 from vllm_comet.checkpoint import CheckpointSummary, CometFormat, save_shard, verify_checkpoint
 
 _SHARD_BYTES = 4 * 2**30
+_PARTIAL = ".partial"
 _RUN = "run.json"
 
 
 class Workspace:
-    """``OUT.partial``: finished layers of a run that may be resumed, later the checkpoint before it gets its name."""
+    """``OUT.partial``: finished layers of a run that may be resumed, and the checkpoint before it gets its name."""
 
     def __init__(self, out: Path, run: dict[str, Any], resume: bool):
-        self.out, self.partial = out, out.with_name(out.name + ".partial")
-        self.layers = self.partial / "layers"
+        self.out, self.partial = out, out.with_name(out.name + _PARTIAL)
+        self.layers, self.checkpoint = self.partial / "layers", self.partial / "checkpoint"
         if out.exists():
             raise CalibrationError(f"--out {out} exists already; choose another folder or remove it.")
-        if not self.partial.exists():
-            self.layers.mkdir(parents=True)
-            _write_json(self.partial / _RUN, run)
-        elif not resume:
+        if self.partial.exists() and not resume:
             raise CalibrationError(f"{self.partial} is left from an interrupted run; continue it with --resume or "
                                    "remove it.")
-        else:
+        if (self.partial / _RUN).exists():
             self._check_same_run(run)
+        self.layers.mkdir(parents=True, exist_ok=True)
+        _write_json(self.partial / _RUN, run)
 
     def _check_same_run(self, run: dict[str, Any]) -> None:
-        before = json.loads((self.partial / _RUN).read_text()) if (self.partial / _RUN).exists() else {}
+        before = json.loads((self.partial / _RUN).read_text())
         changed = sorted(key for key in run if before.get(key) != run[key])
         if changed:
             raise CalibrationError(f"--resume: {self.partial} was begun with other settings: " + ", ".join(
@@ -65,13 +67,37 @@ class Workspace:
     def _report(self, index: int) -> Path:
         return self.layers / f"{index:04d}.json"
 
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for files that no later run needs; removed at the end, and what a killed run left, at the start."""
+        folder = self.partial / "scratch"
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def begin_checkpoint(self) -> Path:
+        """An empty folder to write the checkpoint into."""
+        shutil.rmtree(self.checkpoint, ignore_errors=True)
+        self.checkpoint.mkdir()
+        return self.checkpoint
+
     def finish(self) -> CheckpointSummary:
-        """Verify every tensor, drop the working files and give the checkpoint its name."""
-        summary = verify_checkpoint(self.partial)
-        shutil.rmtree(self.layers)
-        (self.partial / _RUN).unlink()
-        os.rename(self.partial, self.out)
+        """Verify every tensor, give the checkpoint its name in one step, and drop the working files."""
+        summary = verify_checkpoint(self.checkpoint)
+        os.rename(self.checkpoint, self.out)
+        shutil.rmtree(self.partial)
         return summary
+
+
+def finish_interrupted(out: Path) -> bool:
+    """Whether ``out`` is a finished checkpoint; drops the working files of a run that ended just after naming it."""
+    if not (out / "config.json").exists():
+        return False
+    verify_checkpoint(out)
+    shutil.rmtree(out.with_name(out.name + _PARTIAL), ignore_errors=True)
+    return True
 
 
 def _write_json(path: Path, value: Any) -> None:

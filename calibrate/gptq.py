@@ -19,7 +19,7 @@ class Compensation:
     """How the rounding error of one input channel is best spread over others, from the Hessian of a layer's input.
 
     order ``[K]``: channels from the largest Hessian diagonal down, the order of rounding. inverse float32 ``[K, K]``:
-    upper Cholesky factor of the damped inverse Hessian in that order.
+    upper triangular U with ``UᵀU`` the inverse of the damped Hessian in that order.
     """
 
     order: torch.Tensor
@@ -29,7 +29,13 @@ class Compensation:
     def of(cls, hessian: torch.Tensor, damping: float, name: str) -> Compensation:
         """hessian: float32 ``[K, K]`` in stored order. Raises CalibrationError, naming ``name``, if it is singular."""
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        return cls(order, _inverse_factor(hessian[order][:, order], damping, name))
+        return cls(order, _inverse_factor(hessian, order, damping, name))
+
+    def solve(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows (H + λI)⁻¹`` for ``rows`` ``[N, K]`` in stored order."""
+        result = torch.empty_like(rows)
+        result[:, self.order] = rows[:, self.order] @ self.inverse.T @ self.inverse
+        return result
 
 
 def gptq(weight: torch.Tensor, compensation: Compensation, grid: Grid) -> torch.Tensor:
@@ -76,39 +82,46 @@ def _round_columns(
     return errors.T
 
 
-def _inverse_factor(hessian: torch.Tensor, damping: float, name: str) -> torch.Tensor:
-    """Upper Cholesky factor of the damped inverse Hessian; channels that are always zero are left uncoupled."""
-    factor, info = torch.linalg.cholesky_ex(damped(hessian, damping))
-    if not int(info):
-        factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float, name: str) -> torch.Tensor:
+    """Upper triangular U with ``UᵀU = (H + λI)⁻¹`` in ``order``; channels that are always zero are left uncoupled.
+
+    With J the reversal of order and ``J (H + λI) J = L Lᵀ``, ``U = J L⁻¹ J``: one factorisation and no inverse of H.
+    """
+    reverse = order.flip(0)
+    factor = hessian[reverse.unsqueeze(1), reverse]
+    _damp(factor, damping)
+    factor, info = torch.linalg.cholesky_ex(factor)
     if int(info):
         raise CalibrationError(f"the Hessian of {name} is not positive definite with --damping {damping}; give more "
                                "calibration text or raise --damping.")
-    return factor
+    inverse = torch.eye(len(order), dtype=factor.dtype, device=factor.device)
+    torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
+    del factor
+    return inverse.flip(0, 1)
 
 
 def corrected_targets(
-    weights: list[torch.Tensor], hessian: torch.Tensor, cross: torch.Tensor, drift: torch.Tensor | None, damping: float,
+    weights: list[torch.Tensor], hessian: torch.Tensor, cross: torch.Tensor, drift: torch.Tensor | None,
+    compensation: Compensation,
 ) -> list[torch.Tensor]:
     """The float weights that best give, from the quantised model's inputs x, the output of the unquantised model.
 
     Least squares of ``‖W x̃ + (h̃ − h) − W* x‖²``: ``W* = W + (W (E[x̃ xᵀ] − H) + E[(h̃ − h) xᵀ]) (H + λI)⁻¹``. Rounding W*
     instead of W undoes part of the error of all earlier layers (asymmetric calibration, GPTAQ, Li et al. 2025, here
-    as one exact solve; the residual term extends it to what the layer's output is added to).
+    as one exact solve; the residual term extends it to what the layer's output is added to). ``cross`` is overwritten.
     """
-    weight = torch.cat(weights)
-    error = weight @ (cross - hessian)
+    difference = cross.sub_(hessian)
+    errors = [weight @ difference for weight in weights]
     if drift is not None:
-        error = error + drift
-    target = weight + torch.linalg.solve(damped(hessian, damping), error.T).T
-    return list(target.split([w.shape[0] for w in weights]))
+        errors = [error + part for error, part in zip(errors, drift.split([len(w) for w in weights]), strict=True)]
+    return [weight + compensation.solve(error) for weight, error in zip(weights, errors, strict=True)]
 
 
-def damped(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """The diagonal raised by the share ``damping`` of its mean; channels that are always zero get the mean itself."""
+def _damp(hessian: torch.Tensor, damping: float) -> None:
+    """Raise the diagonal by the share ``damping`` of its mean; channels that are always zero get the mean itself."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean().clamp_min(1e-12)
-    return hessian + torch.diag(torch.where(diagonal > 0, damping * mean, mean))
+    diagonal.add_(torch.where(diagonal > 0, damping * mean, mean))
 
 
 def hessian_error(difference: torch.Tensor, hessian: torch.Tensor) -> float:

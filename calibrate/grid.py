@@ -52,7 +52,7 @@ class QuantizedLinear:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the checkpoint stores, without ``act_bits``."""
-        stored = {fmt.WEIGHT_PACKED: fmt.pack_int4(self.codes.cpu()), fmt.WEIGHT_SCALE: self.grid.row}
+        stored = {fmt.WEIGHT_PACKED: fmt.pack_int4(self.codes), fmt.WEIGHT_SCALE: self.grid.row}
         if self.grid.group is not None:
             stored[fmt.WEIGHT_GROUP_SCALE] = self.grid.group
         if self.perm is not None:

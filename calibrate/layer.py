@@ -12,6 +12,7 @@ from calibrate.decoder import DecoderBuilder, DecoderLayer
 from calibrate.fmpq import error_curve, outlier_last
 from calibrate.gptq import Compensation, corrected_targets, gptq, hessian_error, refit_rows
 from calibrate.grid import QuantizedLinear, search_grid
+from calibrate.hidden import Streams
 from calibrate.kv_smooth import smooth_k
 from calibrate.models import DOWN, GATE_UP, OUT, QKV, LinearInput
 from calibrate.stats import InputStats
@@ -29,38 +30,45 @@ class LayerCalibrator:
         self.kv_group_size = comet.kv_cache.group_size if comet.kv_cache else None
 
     def run(
-        self, index: int, tensors: dict[str, torch.Tensor], chunks: list[torch.Tensor], references: list[torch.Tensor]
+        self, index: int, tensors: dict[str, torch.Tensor], streams: Streams
     ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Stored tensors of layer ``index`` (names relative to it, without act_bits) and its report.
 
-        tensors: the layer's weights as loaded. chunks: its input ``[B, T, hidden]`` float32 in the quantised model,
-        left as it is. references: the same in the unquantised model, replaced by that layer's output.
+        tensors: the layer's weights as loaded. streams: its input in the quantised model, left as it is, and in the
+        unquantised model (``exact``), replaced by that layer's output.
         """
-        layer, exact = self.builder.build(index, tensors), self.builder.build(index, tensors)
-        job = _LayerJob(self, layer, index, sum(c.shape[0] * c.shape[1] for c in chunks))
-        both = list(zip(chunks, references, strict=True))
+        layer, exact = self.builder.build(index, tensors), self.builder.build(index, tensors, self.builder.dtype)
+        job = _LayerJob(self, layer, index, streams.tokens)
+        s = streams
         if self.kv_group_size is not None:
-            job.report["kv_smoothing"] = smooth_k(layer, layer.attention_input(chunks[0]), self.kv_group_size)
-        job.quantize(QKV, ((layer.attention_input(h), exact.attention_input(r)) for h, r in both))
-        attended = [(layer.attention(*layer.qkv(layer.attention_input(h))),
-                     exact.attention(*exact.qkv(exact.attention_input(r)))) for h, r in both]
-        job.quantize(OUT, ((a, ra, self._drift(h, r)) for (a, ra), (h, r) in zip(attended, both, strict=True)))
-        both = [(layer.add_attention(h, a), exact.add_attention(r, ra))
-                for (a, ra), (h, r) in zip(attended, both, strict=True)]
-        job.quantize(GATE_UP, ((layer.mlp_input(h), exact.mlp_input(r)) for h, r in both))
+            job.report["kv_smoothing"] = smooth_k(layer, layer.attention_input(s.hidden[0]), self.kv_group_size)
+
+        def out_inputs() -> Iterator[tuple]:
+            for i, (h, e) in enumerate(zip(s.hidden, s.exact, strict=True)):
+                s.middle[i], s.exact_middle[i] = x, exact_x = layer.attended(h), exact.attended(e)
+                yield x, exact_x, self._drift(h, e)
+
+        def gate_up_inputs() -> Iterator[tuple]:
+            for i, (h, e, x, exact_x) in enumerate(zip(s.hidden, s.exact, s.middle, s.exact_middle, strict=True)):
+                s.middle[i], s.exact_middle[i] = h, e = layer.add_attention(h, x), exact.add_attention(e, exact_x)
+                yield layer.mlp_input(h), exact.mlp_input(e)
 
         def down_inputs() -> Iterator[tuple]:
-            for i, (h, r) in enumerate(both):
-                exact_input = exact.mlp_hidden(exact.mlp_input(r))
-                references[i] = exact.add_mlp(r, exact_input)
-                yield layer.mlp_hidden(layer.mlp_input(h)), exact_input, self._drift(h, r)
+            for i, (h, e) in enumerate(zip(s.middle, s.exact_middle, strict=True)):
+                exact_x = exact.mlp_hidden(exact.mlp_input(e))
+                s.exact[i] = exact.add_mlp(e, exact_x)
+                yield layer.mlp_hidden(layer.mlp_input(h)), exact_x, self._drift(h, e)
 
+        job.quantize(QKV, ((layer.attention_input(h), exact.attention_input(e))
+                           for h, e in zip(s.hidden, s.exact, strict=True)))
+        job.quantize(OUT, out_inputs())
+        job.quantize(GATE_UP, gate_up_inputs())
         job.quantize(DOWN, down_inputs())
         return job.stored_tensors(), job.report
 
-    def _drift(self, hidden: torch.Tensor, reference: torch.Tensor) -> torch.Tensor | None:
+    def _drift(self, hidden: torch.Tensor, exact: torch.Tensor) -> torch.Tensor | None:
         """What a linear that adds to the residual stream should make good; a norm in between rules it out."""
-        return None if self.builder.family.sandwich_norm else reference - hidden
+        return None if self.builder.family.sandwich_norm else exact.to(torch.float32) - hidden
 
 
 class _LayerJob:
@@ -80,13 +88,12 @@ class _LayerJob:
             stats.add(*x)
         slices = self.owner.comet.tensor_parallel if linear_input.row_parallel else 1
         perm = outlier_last(stats.peak, slices)
-        hessian = stats.hessian[perm][:, perm]
-        cross = stats.cross[perm][:, perm]
-        drift = None if stats.drift is None else stats.drift[:, perm]
+        hessian, cross, drift = stats.take(perm)
         errors, weights = {}, []
         floats = [self.layer.linear(member).weight[:, perm] for member in linear_input.members]
-        targets = corrected_targets(floats, hessian, cross, drift, self.owner.damping)
         compensation = Compensation.of(hessian, self.owner.damping, name)
+        targets = corrected_targets(floats, hessian, cross, drift, compensation)
+        del floats, cross, drift
         for member, weight in zip(linear_input.members, targets, strict=True):
             quantized = self._quantize_weight(weight, hessian, compensation, perm)
             self.done[member] = quantized

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -41,7 +41,7 @@ class ModelSource:
             raise CalibrationError(f"{directory} holds no .safetensors file; save the model with save_pretrained().")
         located: dict[str, Path] = {}
         for file in files:
-            with safe_open(file, "pt") as handle:
+            with open_shard(file) as handle:
                 located.update(dict.fromkeys(handle.keys(), file))
         return located
 
@@ -60,18 +60,38 @@ class ModelSource:
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in the precision of the file; raises CalibrationError if it is missing or not finite."""
-        if name not in self._files:
-            raise CalibrationError(f"{self.directory} lacks the tensor {name}.")
-        with safe_open(self._files[name], "pt") as handle:
+        with self._open(name) as handle:
             tensor = handle.get_tensor(name)
         if not bool(torch.isfinite(tensor).all()):
             raise CalibrationError(f"{name} in {self._files[name].name} holds NaN or infinite values.")
         return tensor
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from the header of its file."""
+        with self._open(name) as handle:
+            return tuple(handle.get_slice(name).get_shape())
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[safe_open]:
+        if name not in self._files:
+            raise CalibrationError(f"{self.directory} lacks the tensor {name}.")
+        with open_shard(self._files[name]) as handle:
+            yield handle
+
     def module_tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """All tensors below ``prefix.``, names relative to it."""
         start = len(prefix) + 1
         return {name[start:]: self.tensor(name) for name in self.names if name.startswith(prefix + ".")}
+
+
+@contextlib.contextmanager
+def open_shard(path: Path) -> Iterator[safe_open]:
+    """A safetensors file; raises CalibrationError naming it if it is missing, truncated or no such file."""
+    try:
+        with safe_open(path, "pt") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise CalibrationError(f"{path} can't be read: {error}. Download or copy it again.") from None
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ budget and write the checkpoint."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from calibrate.errors import CalibrationError
 from calibrate.export import ShardWriter, Workspace, write_metadata
 from calibrate.fmpq import Candidate, act_bits, allocate
 from calibrate.grid import dequantize
+from calibrate.hidden import HiddenStates, HiddenStore, Streams, default_host_budget
 from calibrate.layer import LayerCalibrator
 from calibrate.loading import ModelSource
 from calibrate.models import LINEAR_INPUTS, Dims, check_dims, choose_tensor_parallel, family_of
@@ -77,8 +79,11 @@ def kv_format(options: Options, dims: Dims) -> fmt.KVCacheFormat | None:
 
 
 def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = False,
-              device: torch.device | None = None) -> Result:
-    """Quantise ``source`` into the new folder ``out``; see :class:`Options`. Raises CalibrationError."""
+              device: torch.device | None = None, host_memory: int | None = None) -> Result:
+    """Quantise ``source`` into the new folder ``out``; see :class:`Options`. Raises CalibrationError.
+
+    host_memory: bytes of hidden states kept in memory, the others go to files; changes nothing in the result.
+    """
     config = source.config()
     family, dims = family_of(config), Dims.of(config)
     check_dims(dims)
@@ -93,21 +98,28 @@ def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = F
     run = {key: str(value) for key, value in asdict(options).items() if key != "data"}
     run |= {"samples' tokens": fmt.tensor_crc32(windows), "model's embedding": fmt.tensor_crc32(embedding)}
     workspace = Workspace(out, run, resume)
-    with torch.no_grad():
+    with torch.no_grad(), workspace.scratch() as scratch:
         builder = DecoderBuilder(config, family, device, activation_dtype(device))
         calibrator = LayerCalibrator(builder, comet, options.damping)
-        chunks = [builder.embed(chunk, embedding).to(device)
-                  for chunk in windows.split(max(1, _CHUNK_TOKENS // windows.shape[1]))]
-        references = list(chunks)
-        progress = tqdm(range(dims.layers), unit="layer", desc="calibrating", dynamic_ncols=True)
-        for index in progress:
-            original = source.module_tensors(f"model.layers.{index}")
-            if workspace.has_layer(index):
-                _propagate(builder.build(index, original), references)
-            else:
-                workspace.save_layer(index, *calibrator.run(index, original, chunks, references))
-            _propagate(load_quantized(builder, index, workspace.load_layer(index), comet), chunks)
+        store = HiddenStore(default_host_budget() if host_memory is None else host_memory, scratch, device)
+        chunks = windows.split(max(1, _CHUNK_TOKENS // windows.shape[1]))
+        streams = Streams.start(store, len(chunks), windows.numel(), (builder.embed(c, embedding) for c in chunks))
+        del embedding
+        for index in tqdm(range(dims.layers), unit="layer", desc="calibrating", dynamic_ncols=True):
+            calibrate_layer(source.module_tensors(f"model.layers.{index}"), index, calibrator, workspace, streams)
+        del streams
     return _export(source, workspace, comet, dims, options)
+
+
+def calibrate_layer(original: dict[str, torch.Tensor], index: int, calibrator: LayerCalibrator, workspace: Workspace,
+                    streams: Streams) -> None:
+    """Quantise layer ``index``, unless an earlier run did, and replace the hidden states by its outputs."""
+    builder = calibrator.builder
+    if workspace.has_layer(index):
+        _propagate(builder.build(index, original, builder.dtype), streams.exact)
+    else:
+        workspace.save_layer(index, *calibrator.run(index, original, streams))
+    _propagate(load_quantized(builder, index, workspace.load_layer(index), calibrator.comet), streams.hidden)
 
 
 def load_quantized(
@@ -118,14 +130,15 @@ def load_quantized(
     for name in tensors:
         prefix, _, suffix = name.rpartition(".")
         if suffix == fmt.WEIGHT_PACKED:
-            stored = {s: tensors[f"{prefix}.{s}"] for s in fmt.COMET_SUFFIXES if f"{prefix}.{s}" in tensors}
-            plain[f"{prefix}.weight"] = dequantize(stored, comet.group_size)
-    return builder.build(index, plain)
+            stored = {s: tensors[f"{prefix}.{s}"].to(builder.device)
+                      for s in fmt.COMET_SUFFIXES if f"{prefix}.{s}" in tensors}
+            plain[f"{prefix}.weight"] = dequantize(stored, comet.group_size).to(builder.dtype)
+    return builder.build(index, plain, builder.dtype)
 
 
-def _propagate(layer: DecoderLayer, chunks: list[torch.Tensor]) -> None:
-    for i, hidden in enumerate(chunks):
-        chunks[i] = layer.forward(hidden)
+def _propagate(layer: DecoderLayer, states: HiddenStates) -> None:
+    for i, hidden in enumerate(states):
+        states[i] = layer.forward(hidden)
 
 
 def _export(source: ModelSource, workspace: Workspace, comet: fmt.CometFormat, dims: Dims, options: Options) -> Result:
@@ -136,7 +149,8 @@ def _export(source: ModelSource, workspace: Workspace, comet: fmt.CometFormat, d
         for report in reports for i in LINEAR_INPUTS
     ]
     counts = iter(zip(candidates, allocate(candidates, options.int8_share), strict=True))
-    writer = ShardWriter(workspace.partial)
+    folder = workspace.begin_checkpoint()
+    writer = ShardWriter(folder)
     writer.add({name: source.tensor(name).to(torch.bfloat16) for name in source.names
                 if not name.startswith("model.layers.") and not _is_tied_head(name, source)})
     for index, report in enumerate(reports):
@@ -148,7 +162,7 @@ def _export(source: ModelSource, workspace: Workspace, comet: fmt.CometFormat, d
             tensors.update({f"{member}.{fmt.ACT_BITS_NAME}": bits.clone() for member in linear_input.members})
         writer.add({f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()})
     writer.close()
-    write_metadata(source, source.config(), comet, workspace.partial)
+    write_metadata(source, source.config(), comet, folder)
     summary = workspace.finish()
     return Result(summary.num_bytes, base_bytes(source), summary.int8_share, reports)
 
@@ -159,7 +173,7 @@ def _is_tied_head(name: str, source: ModelSource) -> bool:
 
 def base_bytes(source: ModelSource) -> int:
     """Bytes of the model in bf16."""
-    return sum(2 * source.tensor(name).numel() for name in source.names if not _is_tied_head(name, source))
+    return sum(2 * math.prod(source.shape(name)) for name in source.names if not _is_tied_head(name, source))
 
 
 def _producer(options: Options) -> dict[str, Any]:

@@ -94,7 +94,9 @@ def test_corrected_target_brings_the_output_nearer_to_the_exact_one(problem):
     weight, exact, _ = problem
     x = exact + 0.3 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)) @ torch.ones(K, K) / K
     drift = 0.1 * x[:, :N]
-    [target] = corrected_targets([weight], x.T @ x / TOKENS, exact.T @ x / TOKENS, drift.T @ x / TOKENS, 1e-4)
+    hessian = x.T @ x / TOKENS
+    [target] = corrected_targets([weight], hessian, exact.T @ x / TOKENS, drift.T @ x / TOKENS,
+                                 Compensation.of(hessian, 1e-4, "layer"))
     wanted = exact @ weight.T + drift
 
     def error(w: torch.Tensor) -> float:
