@@ -10,6 +10,7 @@ SUBCOMMANDS = {
     "gemm": "W4Ax GEMM and activation quantisation beside cuBLAS and vLLM's quantised linear layers",
     "tune": "search the GEMM tile table of this GPU",
     "attention": "attention over the 4-bit KV cache beside FlashAttention",
+    "serve": "whole-model serving beside every mode vLLM ships",
 }
 
 

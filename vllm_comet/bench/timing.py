@@ -85,7 +85,8 @@ def environment() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = None
-    return {"device": torch.cuda.get_device_name(), "versions": versions, "commit": _commit(),
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    return {"device": device, "versions": versions, "commit": _commit(),
             "command": " ".join(["comet-bench", *sys.argv[1:]])}
 
 
