@@ -38,10 +38,14 @@ class DecoderBuilder:
         self._layer_class = type(model.layers[0])
         self._rotary = type(model.rotary_emb)(config).to(device)
 
+    def skeleton(self, index: int) -> torch.nn.Module:
+        """Layer ``index`` without values."""
+        with torch.device("meta"):
+            return self._layer_class(self.config, index)
+
     def build(self, index: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> DecoderLayer:
         """Layer ``index`` from all of its float tensors, names relative to the layer; ``dtype``: of its matrices."""
-        with torch.device("meta"):
-            module = self._layer_class(self.config, index)
+        module = self.skeleton(index)
         state = {name: tensor.to(self.device).to(dtype if tensor.dim() == 2 else torch.float32, copy=True)
                  for name, tensor in tensors.items()}
         module.load_state_dict(state, strict=True, assign=True)

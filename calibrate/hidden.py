@@ -108,7 +108,8 @@ class Streams:
     @classmethod
     def start(cls, store: HiddenStore, count: int, tokens: int, embedded: Iterable[torch.Tensor]) -> Streams:
         """Both models begin with the same ``count`` chunks of embeddings."""
-        streams = cls(*(store.states(count) for _ in range(4)), tokens=tokens)
+        hidden, exact, middle, exact_middle = (store.states(count) for _ in range(4))
+        streams = cls(hidden, exact, middle, exact_middle, tokens)
         for i, chunk in enumerate(embedded):
             streams.hidden[i] = streams.exact[i] = chunk
         return streams

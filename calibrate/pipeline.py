@@ -24,7 +24,7 @@ from calibrate.loading import ModelSource
 from calibrate.models import LINEAR_INPUTS, Dims, check_dims, choose_tensor_parallel, family_of
 from vllm_comet import checkpoint as fmt
 
-_CHUNK_TOKENS = 8192
+CHUNK_TOKENS = 8192
 _MOST_SAMPLES = 128
 
 
@@ -102,7 +102,7 @@ def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = F
         builder = DecoderBuilder(config, family, device, activation_dtype(device))
         calibrator = LayerCalibrator(builder, comet, options.damping)
         store = HiddenStore(default_host_budget() if host_memory is None else host_memory, scratch, device)
-        chunks = windows.split(max(1, _CHUNK_TOKENS // windows.shape[1]))
+        chunks = windows.split(max(1, CHUNK_TOKENS // windows.shape[1]))
         streams = Streams.start(store, len(chunks), windows.numel(), (builder.embed(c, embedding) for c in chunks))
         del embedding
         for index in tqdm(range(dims.layers), unit="layer", desc="calibrating", dynamic_ncols=True):

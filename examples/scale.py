@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time and memory of calibrating models too large to ship with the code: random weights of the true shapes.
+
+    python examples/scale.py llama3-8b:32 llama3-70b:4 --out scale-h100.json
+
+NAME:LAYERS calibrates the first LAYERS layers on random tokens and projects the whole model from the layers after the
+first. A layer's weights are drawn when it is its turn, so neither a disk for the model nor the time to read it is
+counted; writing the layer's 4-bit tensors is. The export at the end (copying them into shards) is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import re
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from calibrate.decoder import DecoderBuilder
+from calibrate.export import Workspace
+from calibrate.hidden import HiddenStore, Streams, default_host_budget
+from calibrate.layer import LayerCalibrator
+from calibrate.models import Dims, choose_tensor_parallel, family_of
+from calibrate.pipeline import CHUNK_TOKENS, Options, activation_dtype, calibrate_layer, kv_format
+from vllm_comet.bench.timing import environment, write_results
+from vllm_comet.checkpoint import CometFormat
+
+_COMMON = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192,
+               rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+MODELS = {
+    "llama3-8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
+    "llama3-70b": dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
+    "tiny": dict(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8),
+}
+
+
+def random_layer(builder: DecoderBuilder, seed: int) -> dict[str, torch.Tensor]:
+    """bf16 weights of one layer in host memory, as they come from a file."""
+    generator = torch.Generator(builder.device).manual_seed(seed)
+    weights = {}
+    for name, parameter in builder.skeleton(0).named_parameters():
+        shape = parameter.shape
+        value = torch.randn(shape, generator=generator, device=builder.device) * shape[-1] ** -0.5
+        weights[name] = (value if len(shape) == 2 else torch.ones_like(value)).to("cpu", torch.bfloat16)
+    return weights
+
+
+def host_peak_bytes() -> int:
+    """Largest resident set of this process so far."""
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def measure(name: str, layers: int, samples: int, length: int, host_memory: int, folder: str) -> dict[str, Any]:
+    config = LlamaConfig(**_COMMON, **MODELS[name], architectures=["LlamaForCausalLM"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dims, options = Dims.of(config), Options()
+    comet = CometFormat(options.group_size, kv_cache=kv_format(options, dims),
+                        tensor_parallel=choose_tensor_parallel(dims, None))
+    seconds = []
+    with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder) as scratch:
+        builder = DecoderBuilder(config, family_of(config), device, activation_dtype(device))
+        calibrator = LayerCalibrator(builder, comet, options.damping)
+        workspace = Workspace(Path(scratch) / "out", {}, resume=False)
+        store = HiddenStore(host_memory, Path(scratch) / "hidden", device)
+        embedding = torch.randn(config.vocab_size, dims.hidden, dtype=torch.bfloat16)
+        tokens = torch.randint(config.vocab_size, (samples, length), generator=torch.Generator().manual_seed(0))
+        chunks = tokens.split(max(1, CHUNK_TOKENS // length))
+        streams = Streams.start(store, len(chunks), tokens.numel(), (builder.embed(c, embedding) for c in chunks))
+        del embedding
+        for index in range(layers):
+            weights = random_layer(builder, index)
+            start = time.perf_counter()
+            calibrate_layer(weights, index, calibrator, workspace, streams)
+            seconds.append(round(time.perf_counter() - start, 2))
+            print(f"{name} layer {index}: {seconds[-1]} s", flush=True)
+    steady = seconds[1:] or seconds
+    return {"model": name, "samples": samples, "length": length, "layers": layers, "of_layers": dims.layers,
+            "layer_seconds": seconds, "projected_minutes": round(sum(steady) / len(steady) * dims.layers / 60, 1),
+            "host_peak_gib": round(host_peak_bytes() / 2**30, 2), "spilled_gib": round(store.spilled / 2**30, 2),
+            "gpu_peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if device.type == "cuda" else None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="NAME:LAYERS", help=f"names: {', '.join(MODELS)}")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--host-memory", type=float, help="GiB of hidden states kept in memory (default: half of it)")
+    parser.add_argument("--folder", help="where working files go (default: the system's folder for such)")
+    parser.add_argument("--commit", help="what was measured, where there is no git to ask")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    budget = default_host_budget() if args.host_memory is None else int(args.host_memory * 2**30)
+    rows = []
+    for model in args.models:
+        name, _, layers = model.partition(":")
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a peak of its own
+            job = pool.submit(measure, name, int(layers), args.samples, args.length, budget, args.folder)
+            rows.append(job.result())
+        print(rows[-1], flush=True)
+        given = [f"--{key} {value}" for key, value in vars(args).items()
+                 if key in ("samples", "length") and value != parser.get_default(key)]
+        env = environment() | {"command": " ".join(["python examples/scale.py", *args.models, *given,
+                                                    f"--out {args.out.name}"])}
+        write_results(args.out, rows, env | ({"commit": args.commit} if args.commit else {}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
