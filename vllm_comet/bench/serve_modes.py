@@ -86,12 +86,12 @@ GRAPHS = (r"Capturing CUDA graphs \((?:PIECEWISE|mixed prefill-decode, PIECEWISE
 _FLASH = (r"Using FLASH_ATTN attention backend", r"Using FlashAttention version 3")
 _FP8_KV = (*_FLASH, r"Using fp8\S* data type to store kv cache")
 _MACHETE = r"Using MacheteLinearKernel for CompressedTensorsWNA16"
-_KV4 = r"COMET 4-bit KV cache: \d+ bytes per token and KV head"
+_KV4 = (r"COMET 4-bit KV cache: \d+ bytes per token and KV head", r"COMET prefill: FlashAttention[^:]* over K and V")
 
 
 def _comet(activations: str, kv4: bool = True) -> Mode:
     shown = r"auto → int8 \(W4A8\)" if activations == "auto" else activations
-    kernels = (r"quantization=comet", rf"COMET activations: {shown}", *((_KV4,) if kv4 else _FLASH))
+    kernels = (r"quantization=comet", rf"COMET activations: {shown}", *(_KV4 if kv4 else _FLASH))
     engine = {"additional_config": {"comet": {"activations": activations}}}
     return Mode(comet_section(kv4), engine, 4.5 if kv4 else 16, kernels)
 

@@ -57,7 +57,7 @@ class CometLinearMethod(LinearMethodBase):
         if not hasattr(layer, ck.WEIGHT_PACKED):
             return  # called again without a reload
         if get_current_vllm_config().load_config.load_format == "dummy":
-            _fill_dummy(layer)
+            _fill_dummy(layer, permuted=not self.prefix.endswith("down_proj"))
         else:
             check_loaded(layer, self.prefix, layer.comet_parts, optional=(ck.INPUT_PERM,))
         tensors = {name: getattr(layer, name) for name in ck.COMET_SUFFIXES if hasattr(layer, name)}
@@ -119,8 +119,11 @@ def _low_bits(activations: str) -> int:
     return 4 if activations == "mixed" else 8
 
 
-def _fill_dummy(layer: torch.nn.Module) -> None:
-    """Valid random contents for ``--load-format dummy`` (vLLM fills only floating-point parameters)."""
+def _fill_dummy(layer: torch.nn.Module, permuted: bool) -> None:
+    """Valid random contents for ``--load-format dummy`` (vLLM fills only floating-point parameters).
+
+    permuted: the calibrator gives such a layer an ``input_perm``; it folds that of down_proj into gate and up.
+    """
     generator = torch.Generator(device=layer.weight_packed.device).manual_seed(0)
     layer.weight_packed.data.random_(-(2**31), 2**31 - 1, generator=generator)
     layer.weight_scale.data.uniform_(1e-4, 1e-3, generator=generator)
@@ -129,3 +132,8 @@ def _fill_dummy(layer: torch.nn.Module) -> None:
     blocks = layer.act_bits.numel()
     layer.act_bits.data.fill_(4)
     layer.act_bits.data[blocks - round(DUMMY_INT8_SHARE * blocks):] = 8
+    if permuted:
+        perm = layer.input_perm
+        torch.randperm(perm.numel(), generator=generator, out=perm.data)
+        perm.data += perm.tp_rank * perm.numel() if layer.comet_tp > 1 else 0
+        perm.comet_loaded.add(None)
