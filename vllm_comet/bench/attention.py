@@ -2,8 +2,10 @@
 """``comet-bench attention``: attention over the 4-bit KV cache beside FlashAttention-3 and vLLM's 4-bit cache.
 
 Phases: ``decode`` (one token a request), ``prefill`` (fresh prompts, storing included), ``chunk`` (the last 2,048
-tokens of a longer prompt, storing included), ``store`` (beside a copy of as many bytes). Every call runs in a CUDA
-graph over caches that together exceed the L2 several times. A mode whose library is missing is left out and said so.
+tokens of a longer prompt, storing included), ``store`` (beside a copy of as many bytes). ``comet-int4`` prefills as
+the backend does, by FlashAttention over dequantised K and V; ``comet-int4-pages`` by the kernel that reads the pages.
+Every call runs in a CUDA graph over caches that together exceed the L2 several times. A mode whose library is missing
+is left out and said so.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ DECODE = [(1, 4096), (1, 16384), (1, 65536), (1, 131072), (16, 4096), (32, 8192)
 PREFILL = [(16, 4096)]
 CHUNKS = [(1, 30 * 1024 + CHUNK)]
 STORE = 8192
+PREFILL_ONLY = ("fa3-bf16-dense", "comet-int4-pages")
 Calls = list[Callable[[], Any]]
 
 
@@ -169,6 +172,17 @@ class Flash3:
         return self._calls(q, batch, context, _tables(batch, context, len(self.key), ROTATED_BYTES)[:1], None)
 
 
+def _dense_prefill(q: torch.Tensor, shape: Shape, batch: int, context: int) -> Calls:
+    """FlashAttention-3 over K and V that lie one behind the other, no pages: what our workspace is to it."""
+    key, value = torch.randn(2, batch * context, shape.kv_heads, shape.head_dim, dtype=q.dtype, device="cuda")
+    starts, ends = (_ints([i * n for i in range(batch + 1)]) for n in (len(q) // batch, context))
+    flash, out = _flash(), torch.empty_like(q)
+    return [
+        lambda: flash(q, key, value, max_seqlen_q=len(q) // batch, cu_seqlens_q=starts, max_seqlen_k=context,
+                      cu_seqlens_k=ends, causal=True, out=out)
+    ]  # fmt: skip
+
+
 class VllmInt4:
     """vLLM's ``int4_per_token_head`` cache with its own Triton kernels, called as its Triton backend does."""
 
@@ -231,6 +245,8 @@ def _prefill_us(mode: str, shape: Shape, batch: int, context: int, queries: int)
         return graph_us(Comet(shape, tokens).prefill(q, key, value, batch, context, flash), 3)
     if mode == "vllm-int4":
         return graph_us(VllmInt4(shape, tokens).calls(q, batch, context)[:1], 3)
+    if mode == "fa3-bf16-dense":
+        return graph_us(_dense_prefill(q, shape, batch, context), 3)
     return graph_us(Flash3(shape, tokens, mode == "fa3-fp8").prefill(q, batch, context), 3)
 
 
@@ -276,7 +292,7 @@ def _measure(model: str, phase: str, batch: int, context: int, mode: str) -> dic
 def _modes(phase: str, modes: list[str]) -> list[str]:
     if phase == "store":
         return ["comet-int4", "copy"]
-    return [mode for mode in modes if phase != "decode" or mode != "comet-int4-pages"]
+    return [mode for mode in modes if phase != "decode" or mode not in PREFILL_ONLY]
 
 
 def plot(rows: list[dict[str, Any]], device: str, path: Path) -> None:
@@ -310,7 +326,7 @@ def plot(rows: list[dict[str, Any]], device: str, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    modes = ["fa3-bf16", "comet-int4", "fa3-fp8", "vllm-int4", "comet-int4-pages"]
+    modes = ["fa3-bf16", "comet-int4", "fa3-fp8", "vllm-int4", *PREFILL_ONLY]
     phases = ["decode", "prefill", "chunk", "store"]
     parser = argparse.ArgumentParser(prog="comet-bench attention", description=__doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
