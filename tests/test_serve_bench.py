@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from vllm_comet import checkpoint as ck
-from vllm_comet.bench import serve, serve_modes, serve_report, serve_worker
+from vllm_comet.bench import load, serve, serve_modes, serve_report, serve_worker
 from vllm_comet.bench.serve_modes import MODELS, MODES
 
 
@@ -104,6 +104,18 @@ def test_results_of_several_runs_merge(tmp_path):
 def test_percentiles():
     assert serve_worker.percentiles([0.01]) == {"p50": 10.0, "p90": 10.0, "p99": 10.0}
     assert serve_worker.percentiles([i / 1000 for i in range(101)]) == {"p50": 50.0, "p90": 90.0, "p99": 99.0}
+
+
+@pytest.mark.parametrize("kind", load.FORMATS)
+def test_random_checkpoints_have_every_tensor_of_their_format(tmp_path, kind):
+    size = load.write_checkpoint(tmp_path / kind, tiny.CONFIG, kind)
+    index = json.loads((tmp_path / kind / "model.safetensors.index.json").read_text())["weight_map"]
+    assert len(index) == 3 + 2 * (2 + {"comet": 6 * 5 + 4, "w4a16": 7 * 3}[kind])
+    quantised = 2 * (256 * 256 + 2 * 128 * 256 + 256 * 256 + 3 * 512 * 256) // 2
+    assert quantised < size - 2 * 2 * 512 * 256 < 1.2 * quantised
+    if kind == "comet":
+        summary = ck.verify_checkpoint(tmp_path / kind)
+        assert len(summary.layers) == 14 and 0 < summary.int8_share < 0.5
 
 
 # ---------------------------------------- real engines

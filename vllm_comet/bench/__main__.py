@@ -11,6 +11,7 @@ SUBCOMMANDS = {
     "tune": "search the GEMM tile table of this GPU",
     "attention": "attention over the 4-bit KV cache beside FlashAttention",
     "serve": "whole-model serving beside every mode vLLM ships",
+    "load": "time and GPU memory of loading a COMET checkpoint and vLLM's W4A16 one",
 }
 
 
