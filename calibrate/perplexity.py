@@ -25,28 +25,31 @@ def join_wikitext_rows(text: str) -> str:
     return "\n\n".join("" if not line.strip() else line + "\n" for line in text.split("\n")[:-1])
 
 
+@torch.no_grad()
 def window_losses(model: PreTrainedModel, windows: torch.Tensor) -> list[float]:
-    """Mean negative log-likelihood of each row of ``windows`` ``[W, T]``, natural log."""
-    losses = []
-    for window in tqdm(windows, unit="window", leave=False, disable=None):
-        hidden = model.model(window.unsqueeze(0)).last_hidden_state[0, :-1]
-        targets = window[1:]
-        total = sum(
-            float(F.cross_entropy(model.lm_head(h).to(torch.float32), t, reduction="sum"))
-            for h, t in zip(hidden.split(256), targets.split(256), strict=True)
-        )
-        losses.append(total / targets.numel())
+    """Mean negative log-likelihood of each row of ``windows`` ``[W, T]``, natural log, on the model's device."""
+    device = next(model.parameters()).device
+    batch, rows = (1, 256) if device.type == "cpu" else (8, 2048)
+    losses: list[float] = []
+    for ids in tqdm(windows.split(batch), unit="batch", leave=False, disable=None):
+        ids = ids.to(device)
+        hidden = model.model(ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        each = torch.cat([F.cross_entropy(model.lm_head(h).to(torch.float32), t, reduction="none")
+                          for h, t in zip(hidden.split(rows), ids[:, 1:].flatten().split(rows), strict=True)])
+        losses += each.view(len(ids), -1).to(torch.float64).mean(1).tolist()
     return losses
 
 
-def text_windows(path: Path, tokenizer_dir: Path, length: int, count: int, joined: bool) -> torch.Tensor:
-    """The first ``count`` windows ``[count, length]`` of the text, each with BOS first where the tokenizer adds one."""
+def text_windows(path: Path, tokenizer_dir: Path, length: int, count: int | None, joined: bool) -> torch.Tensor:
+    """The first ``count`` windows ``[count, length]`` of the text (None: all), each with BOS first where the tokenizer
+    adds one."""
     text = path.read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
     ids = tokenizer(join_wikitext_rows(text) if joined else text, add_special_tokens=False, verbose=False)["input_ids"]
     starts_with_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     prefix = [tokenizer.bos_token_id] if starts_with_bos else []
     body = length - len(prefix)
+    count = len(ids) // body if count is None else count
     if len(ids) < count * body:
         raise SystemExit(f"{path} has {len(ids)} tokens, too few for {count} windows of {length}.")
     return torch.tensor([prefix + ids[i * body : (i + 1) * body] for i in range(count)])

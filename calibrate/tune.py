@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""End-to-end tuning: the quantised model is trained to predict what the original predicts.
+
+Calibration sees one layer at a time and stops at its squared error. Tuning sees the whole model: it lowers the KL
+divergence between the two models' next-token distributions on the calibration text, with weights, activations and KV
+cache rounded as they are when served (rounding passes gradients straight through, Bengio et al. 2013; distillation
+instead of the labels follows LLM-QAT, Liu et al. 2023). Steps take the precision of the activations in turn, so one
+checkpoint serves ``int8`` and ``mixed``. What is trained is what the checkpoint stores: codes, row scales, norms and
+biases; group scales, permutations, block precisions, embedding and head stay.
+
+It needs the model, twice, and about 12 bytes a weight in memory, so it is meant for a GPU and for models that fit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from tqdm import trange
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from calibrate.decoder import round_trip_kv
+from calibrate.errors import CalibrationError
+from calibrate.fmpq import segments
+from calibrate.grid import HIGH, LOW
+from calibrate.simulate import load_comet, read_tensors
+from vllm_comet import checkpoint as fmt
+from vllm_comet.kernels.act_quant import quantize_activation_ref
+
+_HEAD_TOKENS = 1024
+"""Tokens whose logits are in memory at once."""
+
+
+@dataclass(frozen=True)
+class TuneOptions:
+    """steps: of Adam. tokens: of a step. code_rate, scale_rate, norm_rate: first learning rates of the codes (in units
+    of one code), of the row scales and of norms and biases (both relative); they fall to zero along a cosine.
+    mixed_share: of the steps that are taken in ``mixed`` mode."""
+
+    steps: int = 256
+    tokens: int = 8192
+    code_rate: float = 0.01
+    scale_rate: float = 1e-3
+    norm_rate: float = 1e-3
+    mixed_share: float = 0.5
+    seed: int = 0
+
+
+def straight_through(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """``rounded``, with the gradient of ``value``."""
+    return value + (rounded - value).detach()
+
+
+class TunableLinear(torch.nn.Module):
+    """A comet linear with trainable codes and row scales; computes in float32 what the served layer computes.
+
+    tensors: the stored tensors by suffix, on any device; bias ``[N]`` or None.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None, group_size: int):
+        super().__init__()
+        codes = fmt.unpack_int4(tensors[fmt.WEIGHT_PACKED])
+        n, k = codes.shape
+        group = tensors.get(fmt.WEIGHT_GROUP_SCALE)
+        steps = torch.full((n, 1), 16.0) if group is None else group.to(torch.float32)
+        order, self.split = segments(tensors[fmt.ACT_BITS_NAME], k)
+        perm = tensors.get(fmt.INPUT_PERM)
+        self.group_size, self.low_bits = k if group is None else group_size, 8
+        self.codes = torch.nn.Parameter(codes.to(torch.float32) + LOW)  # in stored order
+        self.log_gain = torch.nn.Parameter(torch.zeros(n))
+        self.bias = None if bias is None else torch.nn.Parameter(bias.to(torch.float32))
+        self.register_buffer("scale", tensors[fmt.WEIGHT_SCALE].to(torch.float32))
+        self.register_buffer("steps", steps)
+        self.register_buffer("order", order)
+        self.register_buffer("gather", order if perm is None else perm.to(torch.int64)[order])
+
+    def rounded(self) -> torch.Tensor:
+        """Codes −8..7 in stored order, as float32."""
+        return self.codes.round().clamp(LOW, HIGH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        clamped = self.codes.clamp(LOW, HIGH)
+        codes = straight_through(clamped, clamped.round())
+        steps = self.steps.repeat_interleave(self.group_size, dim=1)[:, : codes.shape[1]]
+        weight = (codes * steps)[:, self.order] * (self.scale * self.log_gain.exp()).unsqueeze(1)
+        x = x.to(torch.float32)[..., self.gather]
+        y = F.linear(straight_through(x, self._round_trip(x)), weight)
+        return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def _round_trip(self, x: torch.Tensor) -> torch.Tensor:
+        codes, scales = quantize_activation_ref(x.flatten(0, -2), None, self.split, self.low_bits)
+        restored = codes.to(torch.float32)
+        restored[:, : self.split] *= scales[:, :1]
+        restored[:, self.split :] *= scales[:, 1:]
+        return restored.view_as(x)
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The tensors that tuning changed, by suffix, on the CPU."""
+        return {fmt.WEIGHT_PACKED: fmt.pack_int4((self.rounded() - LOW).to(torch.uint8).cpu()),
+                fmt.WEIGHT_SCALE: (self.scale * self.log_gain.exp()).cpu()}
+
+
+def tune_checkpoint(
+    base: Path, directory: Path, windows: torch.Tensor, options: TuneOptions, device: torch.device
+) -> float:
+    """Tune the checkpoint in ``directory`` against the model in ``base``, in place; returns the last mean KL."""
+    student = load_tunable(directory).to(device)
+    teacher = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).requires_grad_(False).eval().to(device)
+    divergence = tune(student, teacher, windows, options)
+    save_tuned(student, directory)
+    return divergence
+
+
+def load_tunable(directory: Path) -> PreTrainedModel:
+    """The checkpoint's model in float32 with :class:`TunableLinear` layers, and its 4-bit KV cache if it has one."""
+    model = load_comet(directory, "none", kv4=True)
+    comet = fmt.CometFormat.from_dict(AutoConfig.from_pretrained(directory).quantization_config)
+    for name, stored in read_tensors(directory)[1].items():
+        model.set_submodule(name, TunableLinear(stored, model.get_submodule(name).bias, comet.group_size))
+    if comet.kv_cache is not None:
+        model.set_attn_implementation(_straight_through_kv4(comet.kv_cache.group_size))
+    return model
+
+
+def save_tuned(model: PreTrainedModel, directory: Path) -> None:
+    """Write what :func:`tune` changed back to the checkpoint's files."""
+    changed = {}
+    for name, module in model.named_modules():
+        if isinstance(module, TunableLinear):
+            changed |= {f"{name}.{suffix}": tensor for suffix, tensor in module.stored().items()}
+            if module.bias is not None:
+                changed[f"{name}.bias"] = module.bias.detach().to("cpu", torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            changed[name] = parameter.detach().to("cpu", torch.bfloat16)
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors = load_file(path)
+        fmt.save_shard({name: changed.get(name, tensor) for name, tensor in tensors.items()}, path)
+
+
+def _straight_through_kv4(group_size: int) -> str:
+    """Register an attention over K and V as the 4-bit cache returns them, with gradients; returns its name."""
+    name = f"comet_kv4_g{group_size}_straight_through"
+
+    def forward(module, query, key, value, attention_mask, **kwargs):
+        key, value = (straight_through(x, round_trip_kv(x, group_size)) for x in (key, value))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register(name, forward)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def tune(student: PreTrainedModel, teacher: PreTrainedModel, windows: torch.Tensor, options: TuneOptions) -> float:
+    """Train the :class:`TunableLinear` layers, norms and biases of ``student`` in place; returns the last mean KL.
+
+    windows: int64 ``[W, T]``. Both models are on the device to train on. Raises CalibrationError if the loss is not
+    finite.
+    """
+    device = next(student.parameters()).device
+    linears = [m for m in student.modules() if isinstance(m, TunableLinear)]
+    optimizer = _optimizer(student, linears, options)
+    batch = max(1, options.tokens // windows.shape[1])
+    order = _epochs(len(windows), batch * options.steps, options.seed)
+    student.train()
+    student.gradient_checkpointing_enable({"use_reentrant": False})
+    mean, mixed = math.nan, 0.0
+    progress = trange(options.steps, desc="tuning", unit="step", dynamic_ncols=True)
+    for step in progress:
+        mixed += options.mixed_share
+        for linear in linears:
+            linear.low_bits = 4 if mixed >= 1 else 8
+        mixed -= mixed >= 1
+        ids = windows[order[step * batch : (step + 1) * batch]].to(device)
+        rate = 0.5 * (1 + math.cos(math.pi * step / options.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = group["first_rate"] * rate
+        with torch.no_grad():
+            target = teacher.model(ids, use_cache=False).last_hidden_state
+        with torch.enable_grad():
+            hidden = student.model(ids, use_cache=False).last_hidden_state
+        loss, gradient = head_divergence(hidden, target, student.lm_head, teacher.lm_head)
+        if not math.isfinite(loss):
+            raise CalibrationError(f"--tune: the loss is {loss} at step {step}; lower the number of steps or check the "
+                                   "model.")
+        hidden.backward(gradient)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        mean = loss if step < 2 else 0.9 * mean + 0.1 * loss
+        progress.set_postfix(kl=f"{mean:.4f}")
+    student.gradient_checkpointing_disable()
+    student.eval()
+    return mean
+
+
+def head_divergence(
+    hidden: torch.Tensor, target: torch.Tensor, head: Callable, target_head: Callable
+) -> tuple[float, torch.Tensor]:
+    """Mean KL(target ‖ model) over tokens, and its gradient by ``hidden`` ``[B, T, D]``, some tokens at a time."""
+    leaf = hidden.detach().flatten(0, -2).requires_grad_(True)
+    total = 0.0
+    for student, teacher in zip(leaf.split(_HEAD_TOKENS), target.flatten(0, -2).split(_HEAD_TOKENS), strict=True):
+        with torch.no_grad():
+            wanted = target_head(teacher).float().log_softmax(-1)
+        with torch.enable_grad():
+            loss = F.kl_div(head(student).float().log_softmax(-1), wanted, reduction="sum", log_target=True)
+            (loss / len(leaf)).backward()
+        total += loss.detach()
+    assert leaf.grad is not None
+    return float(total) / len(leaf), leaf.grad.view_as(hidden)
+
+
+def _optimizer(
+    student: PreTrainedModel, linears: list[TunableLinear], options: TuneOptions
+) -> torch.optim.Optimizer:
+    student.requires_grad_(False)
+    norms = [p for name, p in student.named_parameters() if name.endswith("norm.weight")]
+    groups = [([x.codes for x in linears], options.code_rate), ([x.log_gain for x in linears], options.scale_rate),
+              (norms + [x.bias for x in linears if x.bias is not None], options.norm_rate)]
+    for parameters, _ in groups:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+    return torch.optim.Adam([{"params": p, "lr": rate, "first_rate": rate} for p, rate in groups], betas=(0.9, 0.95))
+
+
+def _epochs(count: int, wanted: int, seed: int) -> torch.Tensor:
+    """Indices of ``wanted`` windows: all of them in random order, again and again."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([torch.randperm(count, generator=generator) for _ in range(-(-wanted // count))])[:wanted]
