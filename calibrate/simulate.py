@@ -17,8 +17,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from calibrate.decoder import round_trip_kv
 from calibrate.fmpq import segments
+from calibrate.fused import merge_stored
 from calibrate.grid import dequantize
 from calibrate.loading import ModelSource
+from calibrate.models import FAMILIES
 from calibrate.stats import products_of_bf16
 from vllm_comet import checkpoint as fmt
 from vllm_comet.kernels.act_quant import quantize_activation_ref
@@ -76,8 +78,9 @@ def load_comet(
     config = AutoConfig.from_pretrained(directory)
     comet = fmt.CometFormat.from_dict(config.quantization_config)
     del config.quantization_config
-    source = ModelSource(directory)
-    plain, layers = _read(source)
+    plain, layers = read_tensors(directory)
+    if FAMILIES[config.architectures[0]].fused:
+        layers = merge_stored(layers)
     state = plain | {f"{name}.weight": dequantize(stored, comet.group_size) for name, stored in layers.items()}
     attention = _kv4_attention(comet.kv_cache.group_size) if kv4 and comet.kv_cache else "sdpa"
     model_class = getattr(transformers, config.architectures[0])
@@ -95,8 +98,9 @@ def load_base(directory: Path | str, dtype: torch.dtype = torch.float32) -> PreT
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval().requires_grad_(False)
 
 
-def _read(source: ModelSource) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
-    """Plain tensors by name, and the stored tensors of every quantised linear by layer name and suffix."""
+def read_tensors(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+    """A checkpoint's plain tensors by name, and the stored ones of every quantised linear by layer name and suffix."""
+    source = ModelSource(directory)
     plain: dict[str, torch.Tensor] = {}
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for name in source.names:
