@@ -10,12 +10,13 @@ Activations are ``[B, T, channels]``.
 from __future__ import annotations
 
 import copy
+import sys
 
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from calibrate.fused import split_module
 from calibrate.models import Dims, Family, layer_type
 from vllm_comet.kernels.kv4_cache import dequantize_kv_ref, quantize_kv_ref
 
@@ -37,11 +38,15 @@ class DecoderBuilder:
         self.hidden_dtype = torch.float32 if device.type == "cpu" else dtype  # off a CPU they are stored and moved
         self._layer_class = type(model.layers[0])
         self._rotary = type(model.rotary_emb)(config).to(device)
+        self.apply_rotary = sys.modules[self._layer_class.__module__].apply_rotary_pos_emb
 
     def skeleton(self, index: int) -> torch.nn.Module:
         """Layer ``index`` without values."""
         with torch.device("meta"):
-            return self._layer_class(self.config, index)
+            layer = self._layer_class(self.config, index)
+        if self.family.fused:
+            split_module(layer, Dims.of(self.config))
+        return layer
 
     def build(self, index: int, tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> DecoderLayer:
         """Layer ``index`` from all of its float tensors, names relative to the layer; ``dtype``: of its matrices."""
@@ -70,6 +75,7 @@ class DecoderLayer:
     def __init__(self, module: torch.nn.Module, builder: DecoderBuilder, index: int):
         self.module, self.attn, self.mlp = module, module.self_attn, module.mlp
         self.builder, self.index = builder, index
+        self._activation = self.mlp.activation_fn if builder.family.fused else self.mlp.act_fn
         self.family, self.dims = builder.family, Dims.of(builder.config)
         sliding = layer_type(builder.config, index) == "sliding_attention"
         self.window: int | None = builder.config.sliding_window if sliding else None
@@ -91,7 +97,7 @@ class DecoderLayer:
         q, k, v = (self._apply(f"self_attn.{n}_proj", x).view(shape) for n in "qkv")
         if self.family.qk_norm:
             q, k = self.attn.q_norm(q).to(x.dtype), self.attn.k_norm(k).to(x.dtype)
-        q, k = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *self.builder.rotary(x, self.index))
+        q, k = self.builder.apply_rotary(q.transpose(1, 2), k.transpose(1, 2), *self.builder.rotary(x, self.index))
         return q, k, v.transpose(1, 2)
 
     def attention(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -115,7 +121,7 @@ class DecoderLayer:
 
     def mlp_hidden(self, x: torch.Tensor) -> torch.Tensor:
         """The input of down_proj."""
-        return self.mlp.act_fn(self._apply("mlp.gate_proj", x)) * self._apply("mlp.up_proj", x)
+        return self._activation(self._apply("mlp.gate_proj", x)) * self._apply("mlp.up_proj", x)
 
     def add_mlp(self, hidden: torch.Tensor, activated: torch.Tensor) -> torch.Tensor:
         out = self._apply("mlp.down_proj", activated).to(torch.float32)

@@ -14,7 +14,7 @@ from calibrate.gptq import Compensation, corrected_targets, gptq, hessian_error,
 from calibrate.grid import QuantizedLinear, search_grid
 from calibrate.hidden import Streams
 from calibrate.kv_smooth import smooth_k
-from calibrate.models import DOWN, GATE_UP, OUT, QKV, LinearInput
+from calibrate.models import DOWN, GATE_UP, OUT, QKV, LinearInput, rotates_whole_head
 from calibrate.stats import InputStats
 from vllm_comet.checkpoint import CometFormat
 
@@ -40,7 +40,7 @@ class LayerCalibrator:
         layer, exact = self.builder.build(index, tensors), self.builder.build(index, tensors, self.builder.dtype)
         job = _LayerJob(self, layer, index, streams.tokens)
         s = streams
-        if self.kv_group_size is not None:
+        if self.kv_group_size is not None and rotates_whole_head(self.builder.config):
             job.report["kv_smoothing"] = smooth_k(layer, layer.attention_input(s.hidden[0]), self.kv_group_size)
 
         def out_inputs() -> Iterator[tuple]:

@@ -21,7 +21,7 @@ class Family:
 
     qk_norm: RMSNorm on every head of q and k before RoPE. norm_offset: an RMSNorm multiplies by ``norm_offset +
     weight``. sandwich_norm: a second norm on the output of attention and of the MLP. scaled_embedding: embeddings
-    are multiplied by ``sqrt(hidden_size)``.
+    are multiplied by ``sqrt(hidden_size)``. fused: q, k and v are one matrix on disk, and gate and up.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Family:
     norm_offset: float = 0.0
     sandwich_norm: bool = False
     scaled_embedding: bool = False
+    fused: bool = False
 
 
 FAMILIES = {
@@ -36,6 +37,7 @@ FAMILIES = {
     "MistralForCausalLM": Family("Mistral"),
     "Qwen2ForCausalLM": Family("Qwen2"),
     "Qwen3ForCausalLM": Family("Qwen3", qk_norm=True),
+    "Phi3ForCausalLM": Family("Phi3", fused=True),
     "Gemma3ForCausalLM": Family("Gemma3", qk_norm=True, norm_offset=1.0, sandwich_norm=True, scaled_embedding=True),
 }
 
@@ -94,6 +96,11 @@ def layer_type(config: PretrainedConfig, index: int) -> str:
     if types:
         return types[index]
     return "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+
+
+def rotates_whole_head(config: PretrainedConfig) -> bool:
+    """Whether RoPE turns all channels of a head, not the first part of them (Phi-4-mini)."""
+    return (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) == 1.0
 
 
 def _tensor_parallel_obstacle(dims: Dims, tp: int) -> str | None:

@@ -17,11 +17,12 @@ from calibrate.decoder import DecoderBuilder, DecoderLayer
 from calibrate.errors import CalibrationError
 from calibrate.export import ShardWriter, Workspace, write_metadata
 from calibrate.fmpq import Candidate, act_bits, allocate
+from calibrate.fused import split_tensors
 from calibrate.grid import dequantize
 from calibrate.hidden import HiddenStates, HiddenStore, Streams, default_host_budget
 from calibrate.layer import LayerCalibrator
 from calibrate.loading import ModelSource
-from calibrate.models import LINEAR_INPUTS, Dims, check_dims, choose_tensor_parallel, family_of
+from calibrate.models import LINEAR_INPUTS, Dims, Family, check_dims, choose_tensor_parallel, family_of
 from vllm_comet import checkpoint as fmt
 
 CHUNK_TOKENS = 8192
@@ -106,9 +107,15 @@ def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = F
         streams = Streams.start(store, len(chunks), windows.numel(), (builder.embed(c, embedding) for c in chunks))
         del embedding
         for index in tqdm(range(dims.layers), unit="layer", desc="calibrating", dynamic_ncols=True):
-            calibrate_layer(source.module_tensors(f"model.layers.{index}"), index, calibrator, workspace, streams)
+            calibrate_layer(layer_tensors(source, index, family, dims), index, calibrator, workspace, streams)
         del streams
     return _export(source, workspace, comet, dims, options)
+
+
+def layer_tensors(source: ModelSource, index: int, family: Family, dims: Dims) -> dict[str, torch.Tensor]:
+    """The float tensors of layer ``index``, one a projection, names relative to the layer."""
+    tensors = source.module_tensors(f"model.layers.{index}")
+    return split_tensors(tensors, dims) if family.fused else tensors
 
 
 def calibrate_layer(original: dict[str, torch.Tensor], index: int, calibrator: LayerCalibrator, workspace: Workspace,

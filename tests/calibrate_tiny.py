@@ -11,13 +11,25 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3")
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma3")
 VOCAB = 320
 _COMMON = dict(vocab_size=VOCAB, hidden_size=192, intermediate_size=320, num_hidden_layers=2, num_attention_heads=4,
                num_key_value_heads=2, head_dim=32, max_position_embeddings=256, bos_token_id=0, eos_token_id=1,
                pad_token_id=1)
 _EXTRA = {"Mistral": dict(sliding_window=24), "Gemma3": dict(sliding_window=24, query_pre_attn_scalar=32),
-          "Qwen2": dict(tie_word_embeddings=False)}
+          "Qwen2": dict(tie_word_embeddings=False), "Phi3": dict(sliding_window=24)}
+
+
+ROPES = {
+    "Llama-3.1": ("Llama", dict(hidden_size=128, rope_parameters=dict(
+        rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=64))),
+    "Phi-4-mini": ("Phi3", dict(
+        hidden_size=128, max_position_embeddings=1024, original_max_position_embeddings=256, rope_parameters=dict(
+            rope_type="longrope", rope_theta=1e4, partial_rotary_factor=0.75, original_max_position_embeddings=256,
+            short_factor=[1.0 + i / 16 for i in range(12)], long_factor=[2.0 + i for i in range(12)]))),
+}
+"""Models whose rotary embedding is not the plain one: family and changes of its tiny config."""
 
 
 def tiny_model(family: str, **changes) -> PreTrainedModel:
@@ -33,11 +45,21 @@ def tiny_model(family: str, **changes) -> PreTrainedModel:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     for layer in model.model.layers:
         layer.input_layernorm.weight[7] += 8  # an outlier channel in x
-        layer.self_attn.k_proj.weight[5] *= 6  # and one in K
-        layer.self_attn.q_proj.weight[5] /= 6
+        q, k = query_and_key(layer.self_attn, config)
+        k[5] *= 6  # and one in K
+        q[5] /= 6
     for parameter in model.parameters():  # not model.to(bfloat16), which would round RoPE's frequencies too
         parameter.copy_(parameter.to(torch.bfloat16))
     return model
+
+
+def query_and_key(attention: torch.nn.Module, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the weights of both projections."""
+    if not hasattr(attention, "qkv_proj"):
+        return attention.q_proj.weight, attention.k_proj.weight
+    q, k, _ = attention.qkv_proj.weight.split([attention.head_dim * n for n in (
+        config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)])
+    return q, k
 
 
 def save_tiny(directory: Path, family: str, **changes) -> Path:

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calibrate_tiny import FAMILIES, VOCAB, tiny_model
+from calibrate_tiny import FAMILIES, ROPES, VOCAB, tiny_model
 
 from calibrate.decoder import DecoderBuilder, DecoderLayer
+from calibrate.fused import split_tensors
 from calibrate.kv_smooth import PairTransform, fold, smooth_k
 from calibrate.models import Dims, choose_tensor_parallel, family_of
 
@@ -16,10 +17,8 @@ TOKENS = torch.randint(2, VOCAB, (2, 40), generator=torch.Generator().manual_see
 
 def build_layers(model) -> tuple[DecoderBuilder, list[DecoderLayer]]:
     builder = DecoderBuilder(model.config, family_of(model.config), torch.device("cpu"), torch.float32)
-    return builder, [
-        builder.build(i, {name: p.clone() for name, p in layer.named_parameters()})
-        for i, layer in enumerate(model.model.layers)
-    ]
+    tensors = ({name: p.clone() for name, p in layer.named_parameters()} for layer in model.model.layers)
+    return builder, [builder.build(i, split_tensors(t, Dims.of(model.config))) for i, t in enumerate(tensors)]
 
 
 def run_layers(builder: DecoderBuilder, layers: list[DecoderLayer], model) -> torch.Tensor:
@@ -36,7 +35,10 @@ def model(request):
     return model
 
 
-def test_stages_compute_what_hugging_face_computes(model):
+@pytest.mark.parametrize(("family", "changes"), [(f, {}) for f in FAMILIES] + list(ROPES.values()))
+def test_stages_compute_what_hugging_face_computes(family, changes):
+    model = tiny_model(family, **changes)
+    model.config.architectures = [type(model).__name__]
     builder, layers = build_layers(model)
     expected = model.model(TOKENS).last_hidden_state
     torch.testing.assert_close(run_layers(builder, layers, model), expected, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,7 @@ import engine
 import pytest
 import tiny
 import torch
-from calibrate_tiny import VOCAB, save_tiny, write_text
+from calibrate_tiny import ROPES, VOCAB, save_tiny, write_text
 from safetensors.torch import load_file
 
 from calibrate.__main__ import main as calibrate
@@ -161,11 +161,14 @@ def test_other_weight_formats(tmp_path, group_size):
     assert_agrees_with_torch(engine.run(model, [PROMPTS], TOKENS), load_comet(model))
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Gemma3"])
-def test_calibrated_families(tmp_path, family):
-    """Calibrate and serve: biases of q, k and v (Qwen2); q and k norms, sliding window and four norms (Gemma-3)."""
+@pytest.mark.parametrize("name", ["Mistral", "Qwen2", "Qwen3", "Gemma3", *ROPES])
+def test_calibrated_families(tmp_path, name):
+    """Calibrate and serve: sliding window (Mistral); biases of q, k and v (Qwen2); q and k norms (Qwen3); these, a
+    sliding window and four norms (Gemma-3); fused projections, a rotary embedding of a part of the head and with
+    factors (Phi-4-mini); scaled frequencies (Llama-3.1)."""
     # vLLM takes the head size of Qwen2 from hidden_size / heads.
-    base = save_tiny(tmp_path / "base", family, hidden_size=128)
+    family, changes = ROPES.get(name, (name, {"hidden_size": 128}))
+    base = save_tiny(tmp_path / "base", family, **changes)
     text = write_text(tmp_path / "text.txt")
     model = tmp_path / "comet"
     assert calibrate([str(base), "--out", str(model), "--data", str(text), "--length", "64", "--samples", "8"]) == 0
