@@ -15,7 +15,7 @@ from vllm_comet.checkpoint import GROUP_SIZES, KV_GROUP_SIZES, CheckpointError
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("comet-calibrate", description="Quantise a model into a COMET checkpoint.")
     parser.add_argument("model", help="Hugging Face folder, hub id, or .gguf file")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist")
+    parser.add_argument("--out", type=Path, help="folder to write; must not exist")
     parser.add_argument("--data", type=Path, help="calibration text, .txt or .jsonl (default: the text shipped here)")
     parser.add_argument("--samples", type=_positive, help="how many (default: what the text gives, at most 128)")
     parser.add_argument("--length", type=_positive, default=1024, help="tokens of a sample (default: %(default)s)")
@@ -31,8 +31,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         "what the shapes allow, at most 8)")
     parser.add_argument("--damping", type=float, default=0.01, help="added to the Hessian's diagonal, as a share "
                         "of its mean (default: %(default)s)")
+    parser.add_argument("--host-memory", type=float, metavar="GIB", help="hidden states beyond this go to files in "
+                        "OUT.partial (default: half of the memory); changes nothing in the result")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    return parser.parse_args(argv)
+    parser.add_argument("--dry-run", action="store_true", help="print the plan (layers, sizes, memory, time) and stop")
+    args = parser.parse_args(argv)
+    if args.out is None and not args.dry_run:
+        parser.error("--out is needed")
+    return args
 
 
 def _positive(text: str) -> int:
@@ -57,22 +63,46 @@ def main(argv: list[str] | None = None) -> int:
     except (CalibrationError, CheckpointError, OSError) as error:  # OSError: disk full, no permission
         print(f"comet-calibrate: error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if not _is_environment_error(error):
+            raise
+        print(f"comet-calibrate: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"\ncomet-calibrate: interrupted; {args.out} was not written. Continue with --resume.", file=sys.stderr)
         return 130
 
 
+def _is_environment_error(error: Exception) -> bool:
+    """Disk full while writing tensors, or a GPU without enough memory: named by the libraries, not by OSError."""
+    from safetensors import SafetensorError
+    from torch import OutOfMemoryError
+
+    return isinstance(error, (SafetensorError, OutOfMemoryError))
+
+
 def _run(args: argparse.Namespace) -> int:
+    from calibrate.export import finish_interrupted
     from calibrate.loading import open_model
-    from calibrate.pipeline import Options, calibrate
+    from calibrate.pipeline import Options, calibrate, prepare
+    from calibrate.plan import describe, matmul_flops
 
     options = Options(
         data=args.data, samples=args.samples, length=args.length, seed=args.seed, group_size=args.group_size,
         int8_share=args.int8_share, kv4=not args.no_kv4, kv_group_size=args.kv_group_size,
         tensor_parallel=args.tensor_parallel, damping=args.damping)
+    host_memory = None if args.host_memory is None else int(args.host_memory * 2**30)
+    if args.dry_run:
+        with open_model(args.model) as source:
+            plan, _ = prepare(source, options, host_memory)
+        print(describe(plan, matmul_flops(plan.device)))
+        return 0
+    if args.resume and finish_interrupted(args.out):
+        print(f"{args.out} is finished: every checksum is right. Serve it with: vllm serve {args.out}")
+        return 0
     start = time.monotonic()
     with open_model(args.model) as source:
-        result = calibrate(source, args.out, options, args.resume)
+        result = calibrate(source, args.out, options, args.resume, host_memory)
     from calibrate.report import summary
 
     print(summary(result, args.out, time.monotonic() - start))

@@ -22,12 +22,14 @@ from vllm_comet.checkpoint import CheckpointSummary, CometFormat, save_shard, ve
 _SHARD_BYTES = 4 * 2**30
 _PARTIAL = ".partial"
 _RUN = "run.json"
+REPORT = "comet_report.json"
 
 
 class Workspace:
     """``OUT.partial``: finished layers of a run that may be resumed, and the checkpoint before it gets its name."""
 
-    def __init__(self, out: Path, run: dict[str, Any], resume: bool):
+    def __init__(self, out: Path, run: dict[str, Any], resume: bool, num_bytes: int = 0):
+        """num_bytes: what a run will write; a disk with less left is refused before the work, not after."""
         self.out, self.partial = out, out.with_name(out.name + _PARTIAL)
         self.layers, self.checkpoint = self.partial / "layers", self.partial / "checkpoint"
         if out.exists():
@@ -37,8 +39,17 @@ class Workspace:
                                    "remove it.")
         if (self.partial / _RUN).exists():
             self._check_same_run(run)
+        else:
+            self._check_disk(num_bytes)
         self.layers.mkdir(parents=True, exist_ok=True)
         _write_json(self.partial / _RUN, run)
+
+    def _check_disk(self, num_bytes: int) -> None:
+        folder = next(p for p in self.partial.absolute().parents if p.exists())
+        free = shutil.disk_usage(folder).free
+        if free < num_bytes:
+            raise CalibrationError(f"{folder} has {free / 2**30:.1f} GiB left; this run writes up to "
+                                   f"{num_bytes / 2**30:.1f} GiB. Free some, or choose another --out.")
 
     def _check_same_run(self, run: dict[str, Any]) -> None:
         before = json.loads((self.partial / _RUN).read_text())
@@ -142,6 +153,11 @@ class ShardWriter:
         total = sum(size for _, _, size in self._shards)
         _write_json(self.directory / "model.safetensors.index.json",
                     {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def write_report(directory: Path, layers: list[dict[str, Any]]) -> None:
+    """Errors and INT8 blocks of every layer, for people; nothing reads it to serve the model."""
+    _write_json(directory / REPORT, {"layers": layers})
 
 
 def write_metadata(source: ModelSource, config: PretrainedConfig, comet: CometFormat, directory: Path) -> None:

@@ -12,11 +12,9 @@ from vllm_comet.checkpoint import ACT_BITS_NAME, INPUT_PERM
 FUSED = {"self_attn.qkv_proj": QKV.members, "mlp.gate_up_proj": GATE_UP.members}
 
 
-def _rows(fused: str, dims: Dims) -> list[int]:
+def _rows(fused: str, dims: Dims) -> tuple[int, ...]:
     """Output channels of each part of ``fused``."""
-    if fused == "mlp.gate_up_proj":
-        return [dims.intermediate] * 2
-    return [dims.heads * dims.head_dim, *[dims.kv_heads * dims.head_dim] * 2]
+    return dims.rows(GATE_UP if fused == "mlp.gate_up_proj" else QKV)
 
 
 def split_tensors(tensors: dict[str, torch.Tensor], dims: Dims) -> dict[str, torch.Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,13 +51,19 @@ class ModelSource:
         return sorted(self._files)
 
     def config(self) -> PretrainedConfig:
-        config = AutoConfig.from_pretrained(self.directory)
+        try:
+            config = AutoConfig.from_pretrained(self.directory)
+        except (OSError, ValueError, KeyError) as error:
+            raise CalibrationError(f"{self.directory / 'config.json'} can't be used: {_first_line(error)}") from None
         if getattr(config, "quantization_config", None):
             raise CalibrationError(f"{self.directory} is quantised already; start from the model's original weights.")
         return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return AutoTokenizer.from_pretrained(self.directory)
+        try:
+            return AutoTokenizer.from_pretrained(self.directory)
+        except (OSError, ValueError, KeyError) as error:
+            raise CalibrationError(f"{self.directory} has no usable tokenizer: {_first_line(error)}") from None
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in the precision of the file; raises CalibrationError if it is missing or not finite."""
@@ -77,6 +84,14 @@ class ModelSource:
             raise CalibrationError(f"{self.directory} lacks the tensor {name}.")
         with open_shard(self._files[name]) as handle:
             yield handle
+
+    def is_tied_head(self, name: str) -> bool:
+        """Whether ``name`` is an output matrix that repeats the embedding."""
+        return name == "lm_head.weight" and bool(self.config().tie_word_embeddings)
+
+    def bf16_bytes(self) -> int:
+        """Bytes of the whole model in bf16."""
+        return sum(2 * math.prod(self.shape(name)) for name in self.names if not self.is_tied_head(name))
 
     def module_tensors(self, prefix: str) -> dict[str, torch.Tensor]:
         """All tensors below ``prefix.``, names relative to it."""
@@ -122,7 +137,11 @@ def _download(model: str) -> Path:
         raise CalibrationError(f"{model} is neither a folder, nor a .gguf file, nor a hub id.") from None
     except OSError as error:
         raise CalibrationError(f"{model} is no local folder or .gguf file, and the hub could not give it: "
-                               f"{str(error).splitlines()[0]}") from None
+                               f"{_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def convert_gguf(path: Path, directory: Path) -> None:

@@ -80,6 +80,12 @@ class Dims:
         return {"qkv": self.hidden, "o": self.heads * self.head_dim, "gate_up": self.hidden,
                 "down": self.intermediate}[linear_input.name]
 
+    def rows(self, linear_input: LinearInput) -> tuple[int, ...]:
+        """N: output channels of each of its members."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {"qkv": (queries, keys, keys), "o": (self.hidden,), "gate_up": (self.intermediate,) * 2,
+                "down": (self.hidden,)}[linear_input.name]
+
 
 def family_of(config: PretrainedConfig) -> Family:
     """The family of a Hugging Face config; raises CalibrationError naming the architecture and what is supported."""
@@ -103,7 +109,7 @@ def rotates_whole_head(config: PretrainedConfig) -> bool:
     return (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) == 1.0
 
 
-def _tensor_parallel_obstacle(dims: Dims, tp: int) -> str | None:
+def tensor_parallel_obstacle(dims: Dims, tp: int) -> str | None:
     if dims.heads % tp or dims.kv_heads % tp:
         return f"{dims.heads} query and {dims.kv_heads} KV heads don't divide by {tp}"
     for linear_input in LINEAR_INPUTS:
@@ -116,10 +122,10 @@ def _tensor_parallel_obstacle(dims: Dims, tp: int) -> str | None:
 
 def choose_tensor_parallel(dims: Dims, requested: int | None) -> int:
     """Largest of 8, 4, 2, 1 that the shapes allow, or ``requested``; raises CalibrationError when that one can't be."""
-    allowed = [tp for tp in (8, 4, 2, 1) if _tensor_parallel_obstacle(dims, tp) is None]
+    allowed = [tp for tp in (8, 4, 2, 1) if tensor_parallel_obstacle(dims, tp) is None]
     if requested is None:
         return allowed[0]
-    obstacle = _tensor_parallel_obstacle(dims, requested)
+    obstacle = tensor_parallel_obstacle(dims, requested)
     if obstacle:
         raise CalibrationError(f"--tensor-parallel {requested}: {obstacle}; allowed for this model: {allowed}.")
     return requested

@@ -4,7 +4,6 @@ budget and write the checkpoint."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,15 @@ from tqdm import tqdm
 from calibrate.data import load_text, token_windows
 from calibrate.decoder import DecoderBuilder, DecoderLayer
 from calibrate.errors import CalibrationError
-from calibrate.export import ShardWriter, Workspace, write_metadata
+from calibrate.export import ShardWriter, Workspace, write_metadata, write_report
 from calibrate.fmpq import Candidate, act_bits, allocate
 from calibrate.fused import split_tensors
 from calibrate.grid import dequantize
-from calibrate.hidden import HiddenStates, HiddenStore, Streams, default_host_budget
+from calibrate.hidden import HiddenStates, HiddenStore, Streams
 from calibrate.layer import LayerCalibrator
 from calibrate.loading import ModelSource
 from calibrate.models import LINEAR_INPUTS, Dims, Family, check_dims, choose_tensor_parallel, family_of
+from calibrate.plan import Plan
 from vllm_comet import checkpoint as fmt
 
 CHUNK_TOKENS = 8192
@@ -79,30 +79,37 @@ def kv_format(options: Options, dims: Dims) -> fmt.KVCacheFormat | None:
     return fmt.KVCacheFormat(size)
 
 
-def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = False,
-              device: torch.device | None = None, host_memory: int | None = None) -> Result:
-    """Quantise ``source`` into the new folder ``out``; see :class:`Options`. Raises CalibrationError.
-
-    host_memory: bytes of hidden states kept in memory, the others go to files; changes nothing in the result.
-    """
+def prepare(source: ModelSource, options: Options, host_memory: int | None = None) -> tuple[Plan, torch.Tensor]:
+    """What a run would do, and its calibration tokens ``[samples, length]``. Raises CalibrationError."""
     config = source.config()
     family, dims = family_of(config), Dims.of(config)
     check_dims(dims)
     comet = fmt.CometFormat(
         group_size=options.group_size, kv_cache=kv_format(options, dims),
         tensor_parallel=choose_tensor_parallel(dims, options.tensor_parallel), producer=_producer(options))
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = source.tokenizer()
     text = load_text(options.data, tokenizer)
     windows = token_windows(text, tokenizer, options.samples, options.length, options.seed, _MOST_SAMPLES)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Plan.of(source, dims, family, comet, windows.numel(), device, host_memory), windows
+
+
+def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = False,
+              host_memory: int | None = None) -> Result:
+    """Quantise ``source`` into the new folder ``out``; see :class:`Options`. Raises CalibrationError.
+
+    host_memory: bytes of hidden states kept in memory, the others go to files; changes nothing in the result.
+    """
+    plan, windows = prepare(source, options, host_memory)
+    family, dims, comet, device = plan.family, plan.dims, plan.comet, plan.device
     embedding = source.tensor("model.embed_tokens.weight")
     run = {key: str(value) for key, value in asdict(options).items() if key != "data"}
     run |= {"samples' tokens": fmt.tensor_crc32(windows), "model's embedding": fmt.tensor_crc32(embedding)}
-    workspace = Workspace(out, run, resume)
+    workspace = Workspace(out, run, resume, plan.disk)
     with torch.no_grad(), workspace.scratch() as scratch:
-        builder = DecoderBuilder(config, family, device, activation_dtype(device))
+        builder = DecoderBuilder(source.config(), family, device, activation_dtype(device))
         calibrator = LayerCalibrator(builder, comet, options.damping)
-        store = HiddenStore(default_host_budget() if host_memory is None else host_memory, scratch, device)
+        store = HiddenStore(plan.host_memory, scratch, device)
         chunks = windows.split(max(1, CHUNK_TOKENS // windows.shape[1]))
         streams = Streams.start(store, len(chunks), windows.numel(), (builder.embed(c, embedding) for c in chunks))
         del embedding
@@ -159,7 +166,7 @@ def _export(source: ModelSource, workspace: Workspace, comet: fmt.CometFormat, d
     folder = workspace.begin_checkpoint()
     writer = ShardWriter(folder)
     writer.add({name: source.tensor(name).to(torch.bfloat16) for name in source.names
-                if not name.startswith("model.layers.") and not _is_tied_head(name, source)})
+                if not name.startswith("model.layers.") and not source.is_tied_head(name)})
     for index, report in enumerate(reports):
         tensors = workspace.load_layer(index)
         for linear_input in LINEAR_INPUTS:
@@ -170,17 +177,9 @@ def _export(source: ModelSource, workspace: Workspace, comet: fmt.CometFormat, d
         writer.add({f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()})
     writer.close()
     write_metadata(source, source.config(), comet, folder)
+    write_report(folder, reports)
     summary = workspace.finish()
-    return Result(summary.num_bytes, base_bytes(source), summary.int8_share, reports)
-
-
-def _is_tied_head(name: str, source: ModelSource) -> bool:
-    return name == "lm_head.weight" and bool(source.config().tie_word_embeddings)
-
-
-def base_bytes(source: ModelSource) -> int:
-    """Bytes of the model in bf16."""
-    return sum(2 * math.prod(source.shape(name)) for name in source.names if not _is_tied_head(name, source))
+    return Result(summary.num_bytes, source.bf16_bytes(), summary.int8_share, reports)
 
 
 def _producer(options: Options) -> dict[str, Any]:

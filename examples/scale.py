@@ -69,7 +69,7 @@ def measure(name: str, layers: int, samples: int, length: int, host_memory: int,
         calibrator = LayerCalibrator(builder, comet, options.damping)
         workspace = Workspace(Path(scratch) / "out", {}, resume=False)
         store = HiddenStore(host_memory, Path(scratch) / "hidden", device)
-        embedding = torch.randn(config.vocab_size, dims.hidden, dtype=torch.bfloat16)
+        embedding = torch.randn(config.vocab_size, dims.hidden, device=device).to("cpu", torch.bfloat16)
         tokens = torch.randint(config.vocab_size, (samples, length), generator=torch.Generator().manual_seed(0))
         chunks = tokens.split(max(1, CHUNK_TOKENS // length))
         streams = Streams.start(store, len(chunks), tokens.numel(), (builder.embed(c, embedding) for c in chunks))

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a calibration would do and take, worked out from the model's config and file headers: ``--dry-run``."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from calibrate.hidden import default_host_budget
+from calibrate.loading import ModelSource
+from calibrate.models import DOWN, LINEAR_INPUTS, Dims, Family, tensor_parallel_obstacle
+from calibrate.stats import products_of_bf16
+from vllm_comet import checkpoint as fmt
+from vllm_comet.kernels.kv4_cache import bytes_per_token
+
+_GIB = 2**30
+_COLUMN_SECONDS = 60e-6
+"""Of rounding one channel on a GPU, where it waits for launches; measured on an H200."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes in bytes, time in seconds. base: all tensors in bf16. tokens: of the calibration text."""
+
+    dims: Dims
+    family: Family
+    comet: fmt.CometFormat
+    base: int
+    tokens: int
+    device: torch.device
+    host_memory: int
+
+    @classmethod
+    def of(cls, source: ModelSource, dims: Dims, family: Family, comet: fmt.CometFormat, tokens: int,
+           device: torch.device, host_memory: int | None) -> Plan:
+        """Reads the headers of the model's files, not the weights."""
+        budget = default_host_budget() if host_memory is None else host_memory
+        return cls(dims, family, comet, source.bf16_bytes(), tokens, device, budget)
+
+    @property
+    def checkpoint(self) -> int:
+        """All tensors of the checkpoint."""
+        layer = 0
+        for linear_input in LINEAR_INPUTS:
+            for rows in self.dims.rows(linear_input):
+                spec = fmt.linear_tensors(rows, self.dims.width(linear_input), self.comet.group_size)
+                if linear_input is DOWN:
+                    del spec[fmt.INPUT_PERM]  # folded into gate and up
+                layer += sum(math.prod(shape) * dtype.itemsize for shape, dtype in spec.values())
+        return self.base + self.dims.layers * (layer - 2 * self.layer_weights)
+
+    @property
+    def spilled(self) -> int:
+        """Hidden states that go to files."""
+        return max(0, self.hidden_bytes - self.host_memory)
+
+    @property
+    def disk(self) -> int:
+        """Most that is on disk at a time: finished layers, the checkpoint made from them, hidden states."""
+        return 2 * self.checkpoint + self.spilled
+
+    @property
+    def kv_bytes(self) -> tuple[int, int]:
+        """Of a token in all layers: in the 4-bit cache (or bf16 if there is none) and in bf16."""
+        plain = self.dims.layers * self.dims.kv_heads * self.dims.head_dim * 4
+        if self.comet.kv_cache is None:
+            return plain, plain
+        size = bytes_per_token(self.dims.head_dim, self.comet.kv_cache.group_size)
+        return self.dims.layers * self.dims.kv_heads * size, plain
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of a layer's linears."""
+        return sum(self.dims.width(i) * sum(self.dims.rows(i)) for i in LINEAR_INPUTS)
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Hidden states of both models, before and inside a layer."""
+        return 4 * self.tokens * self.dims.hidden * (4 if self.device.type == "cpu" else 2)
+
+    @property
+    def layer_bytes(self) -> int:
+        """Peak of what a layer needs where it is computed: both models' weights and the K x K matrices of its widest
+        input, four at a time, with three copies of the weight that reads it and the activations of one chunk."""
+        k = max(self.dims.width(i) for i in LINEAR_INPUTS)
+        return 6 * self.layer_weights + 4 * (4 * k * k + 3 * k * self.dims.hidden) + 8192 * k * 4
+
+    def layer_seconds(self, flops: float) -> float:
+        """At ``flops`` operations a second: statistics, three passes of the layer, factorisation and rounding."""
+        widths = [self.dims.width(i) for i in LINEAR_INPUTS]
+        observe = self.tokens * (4 * sum(k * k for k in widths) + 2 * self.dims.hidden * (widths[1] + widths[3]))
+        forward = self.tokens * 2 * self.layer_weights * 3
+        solve = sum(2 * k**3 + 10 * k * k * sum(self.dims.rows(i)) for i, k in zip(LINEAR_INPUTS, widths, strict=True))
+        columns = sum(len(i.members) * k for i, k in zip(LINEAR_INPUTS, widths, strict=True))
+        return (observe + forward + solve) / flops + columns * _COLUMN_SECONDS
+
+
+def matmul_flops(device: torch.device) -> float:
+    """Operations a second of one 2048³ product in the precision of the statistics, best of three."""
+    x = torch.randn(2048, 2048, device=device).to(torch.bfloat16).to(torch.float32)
+    best = math.inf
+    with products_of_bf16():
+        for _ in range(3):
+            start = time.perf_counter()
+            float((x @ x)[0, 0])
+            best = min(best, time.perf_counter() - start)
+    return 2 * 2048**3 / best
+
+
+def describe(plan: Plan, flops: float) -> str:
+    """The plan as text; ``flops``: of this device, see :func:`matmul_flops`."""
+    dims, comet = plan.dims, plan.comet
+    kv, kv_plain = plan.kv_bytes
+    host = plan.hidden_bytes - plan.spilled + 2 * plan.layer_weights
+    on_gpu = plan.device.type != "cpu"
+    seconds = plan.layer_seconds(flops) * dims.layers
+    lines = [
+        f"model         {plan.family.name}: {dims.layers} layers, {dims.heads} query and {dims.kv_heads} KV heads of "
+        f"{dims.head_dim}",
+        "quantised     in every layer, [outputs, inputs]:",
+    ]
+    for i in LINEAR_INPUTS:
+        shapes = ", ".join(f"{member.split('.')[1]} [{rows}, {dims.width(i)}]"
+                           for member, rows in zip(i.members, dims.rows(i), strict=True))
+        lines.append(f"              {shapes}: {fmt.num_blocks(dims.width(i))} activation blocks")
+    lines += [
+        f"parallel      tensor-parallel sizes up to {comet.tensor_parallel}{_why_not_more(dims, comet)}",
+        f"checkpoint    {plan.checkpoint / 2**20:.1f} MiB; bf16 {plan.base / 2**20:.1f} MiB "
+        f"({plan.base / plan.checkpoint:.2f}x)",
+        f"KV cache      {kv} bytes a token; bf16 {kv_plain} ({kv_plain / kv:.2f}x)",
+        f"text          {plan.tokens} tokens",
+        f"memory        about {(host + (0 if on_gpu else plan.layer_bytes)) / _GIB:.1f} GiB of host memory beside the "
+        f"libraries' own" + (f", {plan.layer_bytes / _GIB:.1f} GiB on the GPU" if on_gpu else ""),
+        f"disk          {plan.disk / _GIB:.1f} GiB while it runs"
+        + (f", {plan.spilled / _GIB:.1f} GiB of it for hidden states beyond --host-memory" if plan.spilled else ""),
+        f"time          {_duration(seconds)}, a rough estimate: operations at the {flops / 1e12:.2g} TFLOP/s of one "
+        "matrix product on this device; the real time can be half or three times that",
+    ]
+    return "\n".join(lines)
+
+
+def _why_not_more(dims: Dims, comet: fmt.CometFormat) -> str:
+    if comet.tensor_parallel >= 8:
+        return ""
+    obstacle = tensor_parallel_obstacle(dims, 2 * comet.tensor_parallel)
+    return f" ({2 * comet.tensor_parallel} can't be: {obstacle})" if obstacle else ""
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
