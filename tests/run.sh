@@ -4,5 +4,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/environment.sh
-make_environment calibrate,dev
+make_environment calibrate,eval,dev
 python -m pytest -q "$@"

@@ -67,6 +67,10 @@ class Answer:
     choice: int
     loglikelihoods: tuple[float, ...]
 
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> Answer:
+        return cls(**found | {"loglikelihoods": tuple(found["loglikelihoods"])})
+
 
 def load_task(path: Path | str, limit: int | None = None, seed: int = 0) -> Task:
     """Read a task file; its stem is the task's name. ``limit`` draws that many items, the same for the same ``seed``.
