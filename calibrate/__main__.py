@@ -66,7 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if not _is_environment_error(error):
             raise
-        print(f"comet-calibrate: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"comet-calibrate: error: {str(error).splitlines()[0]} {args.out} was not written; continue with "
+              "--resume when there is room.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\ncomet-calibrate: interrupted; {args.out} was not written. Continue with --resume.", file=sys.stderr)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from calibrate.errors import CalibrationError
 from calibrate.fused import split_module
 from calibrate.models import Dims, Family, layer_type
 from vllm_comet.kernels.kv4_cache import dequantize_kv_ref, quantize_kv_ref
@@ -53,7 +54,11 @@ class DecoderBuilder:
         module = self.skeleton(index)
         state = {name: tensor.to(self.device).to(dtype if tensor.dim() == 2 else torch.float32, copy=True)
                  for name, tensor in tensors.items()}
-        module.load_state_dict(state, strict=True, assign=True)
+        try:
+            module.load_state_dict(state, strict=True, assign=True)
+        except RuntimeError as error:
+            raise CalibrationError(f"layer {index} of the model's files does not fit its config.json: "
+                                   f"{' '.join(str(error).split()).partition(': ')[2]}") from None
         return DecoderLayer(module.eval().requires_grad_(False), self, index)
 
     def embed(self, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,11 @@ class ModelSource:
     def _locate(directory: Path) -> dict[str, Path]:
         index = directory / _INDEX
         if index.exists():
-            return {name: directory / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+                return {name: directory / file for name, file in weight_map.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CalibrationError(f"{index} is no index of tensors: {error!r}") from None
         files = sorted(directory.glob("*.safetensors"))
         if not files:
             raise CalibrationError(f"{directory} holds no .safetensors file; save the model with save_pretrained().")
@@ -61,9 +66,12 @@ class ModelSource:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         try:
-            return AutoTokenizer.from_pretrained(self.directory)
+            tokenizer = AutoTokenizer.from_pretrained(self.directory)
         except (OSError, ValueError, KeyError) as error:
             raise CalibrationError(f"{self.directory} has no usable tokenizer: {_first_line(error)}") from None
+        if not tokenizer("a")["input_ids"]:  # what transformers makes of a folder without tokenizer files
+            raise CalibrationError(f"{self.directory} has no usable tokenizer: it finds no token in a text.")
+        return tokenizer
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor in the precision of the file; raises CalibrationError if it is missing or not finite."""
@@ -84,6 +92,12 @@ class ModelSource:
             raise CalibrationError(f"{self.directory} lacks the tensor {name}.")
         with open_shard(self._files[name]) as handle:
             yield handle
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of a tensor in its file."""
+        with self._open(name) as handle:
+            part = handle.get_slice(name)
+            return math.prod(part.get_shape()) * int(re.sub(r"\D", "", part.get_dtype())) // 8
 
     def is_tied_head(self, name: str) -> bool:
         """Whether ``name`` is an output matrix that repeats the embedding."""
