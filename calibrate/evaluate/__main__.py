@@ -17,7 +17,7 @@ DESCRIPTION = """Compare a base model with candidates that could replace it: acc
 
 A model is [LABEL=]MODEL[@MODE]: a folder, hub id or .gguf file. MODE, for a COMET checkpoint: auto (default), int8,
 mixed or weights (simulation only), and kv16 (no 4-bit KV cache), joined by commas; for any model NAME=VALUE, an engine
-argument of vLLM."""
+argument of vLLM. dummy:SHAPE:FORMAT has random weights, for --cost-only: a shape and format of comet-bench serve."""
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from calibrate.evaluate import environment
 from calibrate.evaluate.candidates import Candidate
 from calibrate.evaluate.likelihood import Likelihood, Request, TorchModel, encode_pairs
 
@@ -32,9 +33,11 @@ class BackendOptions:
 
     def settings(self) -> dict[str, Any]:
         """What an answer depends on besides the checkpoint."""
+        versions = environment.versions()
         if self.name == "torch":
-            return {"backend": "torch", "device": self.device.partition(":")[0], "dtype": self.dtype}
-        return {"backend": "vllm", "engine": self.engine}
+            return {"backend": "torch", "device": self.device.partition(":")[0], "dtype": self.dtype,
+                    "versions": {name: versions.get(name) for name in ("torch", "transformers", "vllm-comet")}}
+        return {"backend": "vllm", "engine": self.engine, "versions": versions}
 
 
 class Backend(Protocol):

@@ -6,6 +6,8 @@ MODE is a list of words, joined by commas:
 - for a COMET checkpoint ``auto`` (default; INT8 today), ``int8``, ``mixed`` or ``weights`` (4-bit weights, activations
   not quantised; simulation only), and ``kv16`` (KV cache in the model's dtype in place of 4 bits);
 - for any checkpoint ``NAME=VALUE``, an engine argument of vLLM such as ``quantization=fp8`` (vLLM only).
+
+``dummy:SHAPE:FORMAT`` is a model of random weights, for the cost alone: a shape and a format of ``comet-bench serve``.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from calibrate.errors import CalibrationError
 from calibrate.evaluate.errors import EvaluationError
 from calibrate.loading import open_model
 from calibrate.simulate import Activations, load_base, load_comet
+from vllm_comet.bench.serve_modes import MODELS, MODES, model_config, quantized_config
 
 ACTIVATIONS = ("auto", "int8", "mixed", "weights")
 _HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors")
@@ -47,7 +51,7 @@ class Candidate:
         words = [] if self.activations is None else [self.activations]
         if self.activations is not None and not self.kv4:
             words.append("kv16")
-        return ",".join([*words, *(f"{key}={value}" for key, value in sorted(self.options.items()))])
+        return ",".join([*words, *(f"{key}={json.dumps(value)}" for key, value in sorted(self.options.items()))])
 
     def describe(self, simulated: bool) -> str:
         """What runs, in words."""
@@ -98,6 +102,8 @@ def digest(directory: Path) -> str:
 def parse_candidate(text: str, stack: contextlib.ExitStack) -> Candidate:
     """Read ``[LABEL=]MODEL[@MODE]``; ``stack`` keeps the temporary folder of a converted GGUF file."""
     label, model, mode = _split(text)
+    if model.startswith("dummy:"):
+        return _dummy(label, model, mode, stack)
     try:
         directory = stack.enter_context(open_model(model)).directory if _has_weights(model) else Path(model)
     except CalibrationError as error:
@@ -128,8 +134,21 @@ def _split(text: str) -> tuple[str, str, str]:
     return label, model, mode
 
 
+def _dummy(label: str, model: str, mode: str, stack: contextlib.ExitStack) -> Candidate:
+    """A folder with the config alone, in ``stack``'s care."""
+    _, _, rest = model.partition(":")
+    shape, _, name = rest.partition(":")
+    if shape not in MODELS or name not in MODES or mode:
+        raise EvaluationError(f"{model}{'@' if mode else ''}{mode} is not dummy:SHAPE:FORMAT; shapes: "
+                              f"{', '.join(MODELS)}; formats: {', '.join(MODES)}.")
+    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="comet-eval-")))
+    config = quantized_config(MODES[name], model_config(shape))
+    (directory / "config.json").write_text(json.dumps(config))
+    return Candidate(label or f"{shape}-{name}", directory, options={"load_format": "dummy", **MODES[name].engine})
+
+
 def _has_weights(model: str) -> bool:
-    """A folder with a config only is enough for ``--cost-only`` with dummy weights."""
+    """A folder with a config alone is enough for ``--cost-only`` with ``--engine load_format=dummy``."""
     path = Path(model)
     return not (path.is_dir() and (path / "config.json").exists() and not list(path.glob("*.safetensors")))
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
@@ -18,7 +19,7 @@ def describe() -> dict[str, Any]:
     """Device, its count, versions, commit (of an editable install, else None)."""
     gpu = torch.cuda.is_available()
     return {"device": torch.cuda.get_device_name() if gpu else processor(), "gpu": gpu,
-            "versions": dict(_versions()), "commit": _commit()}
+            "versions": versions(), "commit": _commit()}
 
 
 def processor() -> str:
@@ -31,13 +32,12 @@ def _read(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def _versions() -> list[tuple[str, str]]:
-    found = []
+def versions() -> dict[str, str]:
+    """Versions of the packages that are installed of those that matter."""
+    found = {}
     for name in _PACKAGES:
-        try:
-            found.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found
 
 

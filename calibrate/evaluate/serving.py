@@ -38,7 +38,12 @@ class VllmEngine:
 
         defaults = {"max_model_len": max_model_len, "skip_tokenizer_init": True, "enable_prefix_caching": False,
                     "seed": 0, "disable_log_stats": True}
-        args = AsyncEngineArgs(**(defaults | arguments | candidate.engine_arguments()))
+        given = defaults | arguments | candidate.engine_arguments()
+        if given.get("load_format") == "dummy":
+            from vllm_comet.bench import serve_engine  # random bits for every format alike
+
+            given["worker_extension_cls"] = f"{serve_engine.__name__}.LoadReport"
+        args = AsyncEngineArgs(**given)
         self.runner = asyncio.Runner()  # one event loop as long as the engine lives
         self.engine = AsyncLLM.from_engine_args(args)
         self.numbers = itertools.count()
@@ -49,6 +54,7 @@ class VllmEngine:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
                  ) -> None:
         self.engine.shutdown()
+        del self.engine  # its finaliser fails at the interpreter's exit
         self.runner.close()
 
     def run(self, coroutine: Any) -> Any:
