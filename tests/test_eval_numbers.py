@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibrate.evaluate import cost, statistics
+from calibrate.evaluate import cost, similarity, statistics
 from calibrate.evaluate.cost import Load, UseCase
 from calibrate.evaluate.errors import EvaluationError
 from calibrate.evaluate.recommend import recommendations
@@ -154,3 +154,29 @@ def results(recovered: dict[str, float], per_dollar: dict[str, float | None], fl
 def test_recommendation_follows_from_cost_and_recovery(recovered, per_dollar, label, why):
     for entry in recommendations(results(recovered, per_dollar)):
         assert entry["label"] == label and why in entry["why"]
+
+
+class Words:
+    """A tokenizer whose tokens are indices into a list of words."""
+
+    words = ("the", "cat", "sat", "on", "mat", "dog")
+
+    def decode(self, tokens, skip_special_tokens):
+        return " ".join(self.words[token] for token in tokens)
+
+
+class Embedding:
+    """Unit vectors: one axis for texts with a cat, another for the rest."""
+
+    def encode(self, texts, normalize_embeddings):
+        return np.array([[1.0, 0.0] if "cat" in text else [0.0, 1.0] for text in texts])
+
+
+@pytest.mark.parametrize("model, semantic", [(None, None), (Embedding(), 0.5)])
+def test_texts_are_compared_by_words_order_tokens_and_meaning(monkeypatch, model, semantic):
+    monkeypatch.setattr(similarity, "embedding_model", lambda: model)
+    base = [[0, 1, 2], [0, 1, 2, 3, 0, 4]]
+    other = [[0, 1, 2], [3, 0, 4, 0, 5, 2]]  # "on the mat the dog sat" for "the cat sat on the mat"
+    found = similarity.compare_texts(base, other, Words())
+    assert found == {"prompts": 2, "rouge1": pytest.approx((1 + 5 / 6) / 2), "rougeL": pytest.approx((1 + 3 / 6) / 2),
+                     "prefix": 0.5, "identical": 0.5, "semantic": semantic}

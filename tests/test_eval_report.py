@@ -43,10 +43,12 @@ def evaluate(folder, out, *options, tasks="piqa,lambada"):
 
 
 def test_same_seed_same_report_and_numbers_that_agree_with_the_parts(folder, tmp_path):
-    assert evaluate(folder, tmp_path / "a") == 0 and evaluate(folder, tmp_path / "b") == 0
+    first, second = tmp_path / "a" / "report", tmp_path / "b" / "report"
+    assert evaluate(folder, first) == 0 and evaluate(folder, second) == 0
     for name in ("report.json", "report.md", "report.html"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    found = json.loads((tmp_path / "a" / "report.json").read_text())
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    found = json.loads((first / "report.json").read_text())
+    assert str(folder) not in json.dumps(found) and " bf16=base W4A8=comet mixed=comet@mixed " in found["command"]
     windows = text_windows(folder / "text.txt", folder / "base", 64, 3, joined=False)
     models = {"bf16": load_base(folder / "base"), "W4A8": load_comet(folder / "comet"),
               "mixed": load_comet(folder / "comet", "mixed")}

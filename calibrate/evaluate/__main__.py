@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,11 +94,17 @@ def _option(text: str) -> tuple[str, Any]:
         return name, value
 
 
+def command(argv: list[str]) -> str:
+    """The command line with the names of files and folders in place of their absolute paths."""
+    return shlex.join(["comet-eval", *(re.sub(r"(?:/[^/=@:,]+)*/([^/=@:,]+)", r"\1", word) for word in argv)])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code. Errors a user can cause end in one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
     try:
-        return _run(args)
+        return _run(args, command(argv))
     except (EvaluationError, CalibrationError, CheckpointError, OSError) as error:
         print(f"comet-eval: error: {error}", file=sys.stderr)
         return 1
@@ -105,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, command: str) -> int:
     import torch
 
     from calibrate.evaluate.report import write_report
@@ -117,7 +125,7 @@ def _run(args: argparse.Namespace) -> int:
     options = Options(
         **given, models=[args.base, *args.candidates], ttft=args.ttft_ms / 1e3, itl=args.itl_ms / 1e3, device=device,
         dtype=args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"), engine=dict(args.engine))
-    print(write_report(evaluate(options), args.out))
+    print(write_report(evaluate(options) | {"command": command}, args.out))
     return 0
 
 

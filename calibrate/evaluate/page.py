@@ -231,7 +231,7 @@ def _settings(result: dict[str, Any]) -> str:
     about = result["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     hashes = ", ".join(f"{m['label']} {m['sha256'][:12]}" for m in result["models"])
-    return ("<details><summary>Settings</summary><pre>"
+    return (f"<details><summary>Command and settings</summary><pre>{escape(result['command'])}</pre><pre>"
             f"{escape(json.dumps(result['settings'], indent=1, ensure_ascii=False))}</pre></details>"
             f"<footer>{escape(about['device'])}; {escape(versions)}; commit {escape(about['commit'] or 'unknown')}. "
             f"Checkpoints, SHA-256: {escape(hashes)}. Every number is in report.json.</footer>")

@@ -125,4 +125,7 @@ def _footer(result: dict[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     yield (f"Device {about['device']}; {versions}; commit {about['commit'] or 'unknown'}; seed "
            f"{result['settings']['seed']}.")
+    yield ""
+    yield f"`{result['command']}`"
+    yield ""
     yield "Checkpoints (SHA-256): " + ", ".join(f"{m['label']} `{m['sha256'][:12]}`" for m in result["models"]) + "."
