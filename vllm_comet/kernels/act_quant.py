@@ -111,6 +111,14 @@ def _channels(perm_ptr, col, K, HAS_PERM: tl.constexpr):
 
 
 @triton.jit
+def _permute(v, channel, inside, HAS_PERM: tl.constexpr):
+    """The row in stored order, by way of shared memory: global memory is slow to read or write two bytes at a time."""
+    if HAS_PERM:
+        return tl.where(inside, tl.gather(v, channel, 0), 0.0)
+    return v
+
+
+@triton.jit
 def _quantize_kernel(
     x_ptr, perm_ptr, codes_ptr, scales_ptr, K, k_pad, split, stride_x,
     BLOCK: tl.constexpr, HAS_PERM: tl.constexpr, LOW_QMAX: tl.constexpr, TWO: tl.constexpr, PDL: tl.constexpr,
@@ -119,7 +127,11 @@ def _quantize_kernel(
     col = tl.arange(0, BLOCK)
     channel = _channels(perm_ptr, col, K, HAS_PERM)
     _wait_for_inputs(PDL)
-    v = tl.load(x_ptr + row * stride_x + channel, mask=col < K, other=0.0).to(tl.float32)
+    if BLOCK > 16384:  # too long for shared memory
+        v = tl.load(x_ptr + row * stride_x + channel, mask=col < K, other=0.0).to(tl.float32)
+    else:
+        v = tl.load(x_ptr + row * stride_x + col, mask=col < K, other=0.0).to(tl.float32)
+        v = _permute(v, channel, col < K, HAS_PERM)
     _store_codes(v, col, row, codes_ptr, scales_ptr, K, k_pad, split, LOW_QMAX, TWO)
 
 
@@ -132,16 +144,17 @@ def _rms_norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < K
+    weight = tl.load(weight_ptr + col, mask=inside, other=0.0).to(tl.float32)
     channel = _channels(perm_ptr, col, K, HAS_PERM)
-    weight = tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     _wait_for_inputs(PDL)
-    h = tl.load(x_ptr + row * stride_x + channel, mask=inside, other=0.0).to(tl.float32)
+    h = tl.load(x_ptr + row * stride_x + col, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        h += tl.load(residual_ptr + row * stride_r + channel, mask=inside, other=0.0).to(tl.float32)
+        h += tl.load(residual_ptr + row * stride_r + col, mask=inside, other=0.0).to(tl.float32)
         rounded = h.to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + row * K + channel, rounded, mask=inside)
+        tl.store(h_ptr + row * K + col, rounded, mask=inside)
         h = rounded.to(tl.float32)
     v = h * tl.rsqrt(tl.sum(h * h, axis=0) / K + eps) * weight
+    v = _permute(v, channel, inside, HAS_PERM)
     _store_codes(v, col, row, codes_ptr, scales_ptr, K, k_pad, split, LOW_QMAX, TWO)
 
 
