@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from calibrate.evaluate import statistics
 from calibrate.evaluate.backends import Backend
 from calibrate.evaluate.cache import Cache, hash_of
 from calibrate.evaluate.errors import EvaluationError
-from calibrate.evaluate.likelihood import Request
+from calibrate.evaluate.likelihood import Request, encode_pairs
 from calibrate.evaluate.statistics import Interval
 from calibrate.evaluate.tasks import Answer, Task, answer_items
 from calibrate.perplexity import text_windows
@@ -54,6 +55,14 @@ class Questions:
     prompts: list[tuple[str, list[int]]]
     answer_tokens: int
     lm_eval: list[str]
+
+    def longest(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Tokens of the longest question with its answer."""
+        pairs = [pair for task in self.tasks for item in task.items for pair in item.pairs]
+        requests = encode_pairs(tokenizer, pairs)
+        return max([1, *(len(request.context) + len(request.continuation) for request in requests),
+                    *(text.windows.shape[1] for text in self.texts),
+                    *(len(tokens) + self.answer_tokens for _, tokens in self.prompts)])
 
 
 def read_text(spec: str, tokenizer_dir: Path, length: int, count: int) -> Text:

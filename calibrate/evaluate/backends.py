@@ -55,19 +55,16 @@ class Backend(Protocol):
 def open_backend(
     candidate: Candidate, tokenizer: PreTrainedTokenizerBase, options: BackendOptions
 ) -> Iterator[Backend]:
-    """The candidate loaded and ready; its memory is free again afterwards."""
+    """The candidate loaded and ready; vLLM's engine is gone afterwards."""
     if options.name == "torch":
         model = candidate.torch_model(torch.device(options.device), getattr(torch, options.dtype))
         yield TorchBackend(model, tokenizer)
-        del model
-        if options.device.startswith("cuda"):
-            torch.cuda.empty_cache()
-    else:
-        backend = VllmBackend(candidate, tokenizer, options)
-        try:
-            yield backend
-        finally:
-            backend.close()
+        return
+    backend = VllmBackend(candidate, tokenizer, options)
+    try:
+        yield backend
+    finally:
+        backend.close()
 
 
 class TorchBackend(TorchModel):
@@ -110,12 +107,13 @@ class VllmBackend:
     def __init__(self, candidate: Candidate, tokenizer: PreTrainedTokenizerBase, options: BackendOptions):
         from vllm import LLM
 
-        self.tokenizer, self.max_length = tokenizer, options.max_model_len - 1
         arguments = {"max_model_len": options.max_model_len, "seed": 0, "disable_log_stats": True}
-        self.llm = LLM(**(arguments | options.engine | candidate.engine_arguments()))
+        arguments |= options.engine | candidate.engine_arguments()
+        self.tokenizer, self.max_length = tokenizer, arguments["max_model_len"] - 2  # a pair and one generated token
+        self.llm = LLM(**arguments)
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[Likelihood]:
-        return self.score_tokens(encode_pairs(self.tokenizer, pairs, self.max_length - 1))
+        return self.score_tokens(encode_pairs(self.tokenizer, pairs, self.max_length))
 
     def score_tokens(self, requests: Sequence[Request]) -> list[Likelihood]:
         from vllm import SamplingParams

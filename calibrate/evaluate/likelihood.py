@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,8 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from calibrate.evaluate.errors import EvaluationError
+
+logger = logging.getLogger(__name__)
 
 MAX_LOGITS = 2**28
 """Elements of one batch's logits: 1 GiB in float32."""
@@ -60,22 +63,25 @@ def encode_pairs(
         tail = tuple(ids[len(front):])
         if not tail:
             raise EvaluationError(f"{continuation!r} adds no token to the context {context[-40:]!r}.")
-        head = tuple(prefix + front) or tuple(start)
-        if max_length is not None:
-            head = _shorten(head, tail, max_length)
-        requests.append(Request(head, tail))
-    return requests
+        requests.append(Request(tuple(prefix + front) or tuple(start), tail))
+    return requests if max_length is None else _shorten(requests, max_length)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def _shorten(context: tuple[int, ...], continuation: tuple[int, ...], max_length: int) -> tuple[int, ...]:
-    room = max_length + 1 - len(continuation)
-    if room < 1:
-        raise EvaluationError(f"A continuation of {len(continuation)} tokens exceeds the model's {max_length}.")
-    return context[-room:]
+def _shorten(requests: list[Request], max_length: int) -> list[Request]:
+    result = []
+    for context, continuation in requests:
+        room = max_length + 1 - len(continuation)
+        if room < 1:
+            raise EvaluationError(f"A continuation of {len(continuation)} tokens exceeds the model's {max_length}.")
+        result.append(Request(context[-room:], continuation))
+    cut = sum(short != whole for short, whole in zip(result, requests, strict=True))
+    if cut:
+        logger.warning("%d of %d contexts lost their first tokens: the model takes %d.", cut, len(requests), max_length)
+    return result
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig
 
 from calibrate.evaluate import accuracy, cost, environment, lm_eval_tasks
@@ -144,7 +146,7 @@ def _task(name: str, options: Options) -> Task | None:
 
 def _answers(model: Candidate, checkpoint: str, questions: Questions, options: Options, cache: Cache,
              report: Callable[[str], None]) -> Answers:
-    longest = max([options.window_length, *(len(ids) + options.answer_tokens for _, ids in questions.prompts)])
+    longest = questions.longest(model.tokenizer()) if options.backend == "vllm" else 0
     backend = BackendOptions(options.backend, options.device, options.dtype, longest + 1, options.engine)
     key = {"checkpoint": checkpoint, "mode": model.mode}
     with contextlib.ExitStack() as stack:
@@ -199,6 +201,8 @@ def _serve(model: Candidate, cases: list[UseCase], options: Options, cache: Cach
         @functools.cache
         def engine() -> VllmEngine:
             report("starting vLLM")
+            gc.collect()
+            torch.cuda.empty_cache()  # what models of the accuracy part left behind
             return stack.enter_context(VllmEngine(model, context, options.engine))
 
         def run(names: list[str]) -> list[Any]:
