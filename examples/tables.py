@@ -14,6 +14,7 @@ README = Path(__file__).parent.parent / "README.md"
 GEMM_MODES = ["comet-g128", "comet-g64", "comet-channel", "marlin-w4a16", "machete-w4a16", "cutlass-w8a8-int8",
               "cutlass-fp8"]
 GEMM_ROWS = [1, 16, 64, 256, 1024, 4096]
+BASELINE = "bf16"
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -71,9 +72,45 @@ def attention() -> Iterator[str]:
                for mode in ("fa3-bf16", "fa3-fp8", "vllm-int4"))] for batch, context in cells])
 
 
+def serve() -> Iterator[str]:
+    for path in sorted(RESULTS.glob("serve-*.json")):
+        found = json.loads(path.read_text())
+        yield f"**Whole models, random weights**, one GPU. {source(path, found)}"
+        for model in dict.fromkeys(row["model"] for row in found["rows"]):
+            rows = [row for row in found["rows"] if row["model"] == model and "error" not in row]
+            yield from ["", f"{model}: tokens/s, prompts included, and the ratio to {BASELINE}.", ""]
+            yield from throughput([row for row in rows if "@" not in row["workload"]], found["engines"], model)
+            replayed = [row for row in rows if "@" in row["workload"]]
+            if replayed:
+                yield from ["", f"{model}: requests with a trace's lengths and arrivals, ms at p50 / p99.", ""]
+                yield from table(["requests/s", "mode", "output tokens/s", "to the first token", "between tokens"], [
+                    [row["workload"].split("@")[1], row["mode"], f"{row['out_tok_s']:,.0f}",
+                     *(f"{row[key]['p50']:.1f} / {row[key]['p99']:.1f}" for key in ("ttft_ms", "itl_ms"))]
+                    for row in sorted(replayed, key=lambda row: float(row["workload"].split("@")[1]))])
+
+
+def throughput(rows: list[dict[str, Any]], engines: list[dict[str, Any]], model: str) -> list[str]:
+    """One line a mode; what failed or ran other kernels than it claims says so and gets no ratio."""
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    speed = {(row["mode"], row["workload"]): row for row in rows if not row["fallback"]}
+    lines = []
+    for engine in (engine for engine in engines if engine["model"] == model):
+        mode = engine["mode"]
+        if "error" in engine or engine["fallback"]:
+            lines.append([mode, "did not start" if "error" in engine else "ran other kernels", *[""] * len(workloads)])
+            continue
+        cells = []
+        for workload in workloads:
+            row, base = speed.get((mode, workload)), speed.get((BASELINE, workload))
+            ratio = f" ({row['total_tok_s'] / base['total_tok_s']:.2f})" if row and base else ""
+            cells.append(f"{row['total_tok_s']:,.0f}{ratio}" if row else "")
+        lines.append([mode, f"{engine['kv_tokens']:,}" if engine["kv_tokens"] else "", *cells])
+    return table(["mode", "KV tokens", *workloads], lines)
+
+
 def write_readme() -> None:
     text = README.read_text()
-    for name, lines in (("accuracy", accuracy()), ("gemm", gemm()), ("attention", attention())):
+    for name, lines in (("accuracy", accuracy()), ("gemm", gemm()), ("attention", attention()), ("serve", serve())):
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         head, rest = text.split(begin)
         text = head + begin + "\n".join([*lines, ""]) + end + rest.split(end)[1]

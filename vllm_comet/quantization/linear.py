@@ -71,6 +71,7 @@ class CometLinearMethod(LinearMethodBase):
             self.format.group_size, values[ck.ACT_BITS_NAME], perm,
         )
         layer.comet_kernel = make_linear_kernel(weight, self.low_bits)
+        layer.qweight = layer.comet_kernel.scale  # under this name vLLM's LoRA layers look for the device
         if weight.packed.device.type == "cuda":
             self._compile_kernels_once(layer)
 
