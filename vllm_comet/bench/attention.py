@@ -44,6 +44,8 @@ MODELS = {
     "head-dim-64": Shape(32, 8, 64),
     "head-dim-256": Shape(32, 8, 256),
 }
+VARIATIONS = ("7-per-group", "head-dim-64", "head-dim-256")
+"""Of 8b, to see what the shape of the heads costs: decode only, beside FlashAttention-3 in bf16 only."""
 DECODE = [(1, 4096), (1, 16384), (1, 65536), (1, 131072), (16, 4096), (32, 8192), (64, 2048), (128, 1024)]
 PREFILL = [(16, 4096)]
 CHUNKS = [(1, 30 * 1024 + CHUNK)]
@@ -243,8 +245,8 @@ def _prefill_us(mode: str, shape: Shape, batch: int, context: int, queries: int)
     if mode.startswith("comet-int4"):
         flash = None if mode == "comet-int4-pages" else _flash()
         return graph_us(Comet(shape, tokens).prefill(q, key, value, batch, context, flash), 3)
-    if mode == "vllm-int4":
-        return graph_us(VllmInt4(shape, tokens).calls(q, batch, context)[:1], 3)
+    if mode == "vllm-int4":  # up to 160 ms a call
+        return graph_us(VllmInt4(shape, tokens).calls(q, batch, context)[:1], repeats=3)
     if mode == "fa3-bf16-dense":
         return graph_us(_dense_prefill(q, shape, batch, context), 3)
     return graph_us(Flash3(shape, tokens, mode == "fa3-fp8").prefill(q, batch, context), 3)
@@ -271,7 +273,8 @@ def _cells(models: list[str], phases: list[str], quick: bool) -> list[tuple[str,
     if quick:
         grid["decode"] = [(batch, 1024) for batch in dict.fromkeys(b for b, _ in DECODE)]
         grid |= {"prefill": [(1, 1024)], "chunk": [(1, 2 * CHUNK)]}
-    return [(m, p, b, c) for m, p in itertools.product(models, phases) for b, c in grid[p]]
+    pairs = [(m, p) for m, p in itertools.product(models, phases) if p == "decode" or m not in VARIATIONS]
+    return [(m, p, b, c) for m, p in pairs for b, c in grid[p]]
 
 
 def _measure(model: str, phase: str, batch: int, context: int, mode: str) -> dict[str, Any]:
@@ -289,9 +292,11 @@ def _measure(model: str, phase: str, batch: int, context: int, mode: str) -> dic
     return row if read is None else {**row, "bytes_per_s": round(read / us * 1e6)}
 
 
-def _modes(phase: str, modes: list[str]) -> list[str]:
+def _modes(model: str, phase: str, modes: list[str]) -> list[str]:
     if phase == "store":
         return ["comet-int4", "copy"]
+    if model in VARIATIONS:
+        return [mode for mode in modes if mode in ("fa3-bf16", "comet-int4")]
     return [mode for mode in modes if phase != "decode" or mode not in PREFILL_ONLY]
 
 
@@ -346,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = json.loads(out.read_text())["rows"] if args.append else []
     env = environment()
     for model, phase, batch, context in _cells(args.models, args.phases, args.quick):
-        for mode in _modes(phase, args.modes):
+        for mode in _modes(model, phase, args.modes):
             try:
                 rows.append(_measure(model, phase, batch, context, mode))
             except ImportError as error:
