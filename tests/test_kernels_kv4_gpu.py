@@ -182,6 +182,49 @@ def test_decode_in_a_cuda_graph_serves_other_lengths():
         assert relative_error(out, ref) < HALF_PRECISION
 
 
+@pytest.mark.skipif(INTERPRET, reason="kernels overlap on a GPU only")
+def test_kernels_that_start_early_give_the_same():
+    """Store and decode of several layers in one graph, sharing scratch, against the same calls one at a time."""
+    lengths, heads, head_dim, layers = [900, 17, 64, 333], 8, 128, 6
+    caches, tables = zip(*(paged(lengths, heads, head_dim, 128, 16, seed=i) for i in range(layers)), strict=True)
+    scratch = make_scratch(4, 4 * heads, heads, head_dim, DEVICE)
+    qkv = torch.empty(layers, 4, 6 * heads, head_dim, dtype=torch.bfloat16, device=DEVICE)
+    seq_lens = torch.tensor(lengths, dtype=torch.int32, device=DEVICE)
+    slots = torch.zeros(layers, 4, dtype=torch.int64, device=DEVICE)
+    out = torch.empty(layers, 4, 4 * heads, head_dim, device=DEVICE)
+
+    def step(wait):
+        for i in range(layers):
+            q, k, v = qkv[i].split([4 * heads, heads, heads], dim=1)
+            store_kv(k, v, caches[i], slots[i], 128)
+            wait()
+            decode(q, caches[i], tables[i], 128, 0.1, None, out[i], scratch)
+            wait()
+
+    def renew(seed):
+        torch.manual_seed(seed)
+        qkv.normal_()
+        seq_lens.copy_(torch.tensor([int(torch.randint(1, n + 1, ())) for n in lengths]))
+        last = (seq_lens - 1).long()
+        for i in range(layers):
+            slots[i] = tables[i].gather(1, last[:, None] // 16)[:, 0] * 16 + last % 16
+        plan(seq_lens, None, head_dim, scratch)
+
+    renew(0)
+    step(torch.cuda.synchronize)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(lambda: None)
+    for seed in range(5):
+        renew(seed)
+        out.fill_(float("nan"))
+        graph.replay()
+        early = out.clone()
+        torch.cuda.synchronize()
+        step(torch.cuda.synchronize)
+        assert torch.equal(early, out) and not out.isnan().any()
+
+
 def flash_in_torch(
     q, k, v, max_seqlen_q, cu_seqlens_q, max_seqlen_k, cu_seqlens_k, softmax_scale, causal, window_size, out
 ):  # fmt: skip
