@@ -108,9 +108,23 @@ def throughput(rows: list[dict[str, Any]], engines: list[dict[str, Any]], model:
     return table(["mode", "KV tokens", *workloads], lines)
 
 
+def scale() -> Iterator[str]:
+    for path in sorted(RESULTS.glob("scale-*.json")):
+        found = json.loads(path.read_text())
+        yield ("**Calibrating large models**, random weights of the true shapes, 128 samples of 2048 tokens, one GPU. "
+               f"{source(path, found)}")
+        yield ""
+        yield from table(["model", "layers measured", "seconds a layer", "whole model", "GPU memory", "host memory"], [
+            [row["model"], f"{row['layers']} of {row['of_layers']}",
+             f"{60 * row['projected_minutes'] / row['of_layers']:.1f}",
+             f"{row['projected_minutes']:.0f} min (projected)",
+             f"{row['gpu_peak_gib']:.1f} GiB", f"{row['host_peak_gib']:.1f} GiB"] for row in found["rows"]])
+
+
 def write_readme() -> None:
     text = README.read_text()
-    for name, lines in (("accuracy", accuracy()), ("gemm", gemm()), ("attention", attention()), ("serve", serve())):
+    for name, lines in (("scale", scale()), ("accuracy", accuracy()), ("gemm", gemm()), ("attention", attention()),
+                        ("serve", serve())):
         begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
         head, rest = text.split(begin)
         text = head + begin + "\n".join([*lines, ""]) + end + rest.split(end)[1]
