@@ -40,12 +40,16 @@ def config(mapping):
     return quant
 
 
-def load(layer, members):
+def feed(layer, members):
     """Feed each member's checkpoint tensors to vLLM's loaders, as a model's load_weights does."""
     for shard, tensors in members.items():
         for name, value in tensors.items():
             parameter = getattr(layer, name)
             parameter.weight_loader(parameter, value, *([] if shard is None else [shard]))
+
+
+def load(layer, members):
+    feed(layer, members)
     layer.quant_method.process_weights_after_loading(layer)
 
 
@@ -112,6 +116,43 @@ def test_gate_up_and_down(tp):
         assert torch.equal(torch.cat([g[i] for g in gates], dim=1), run_alone(gate_up[i], x))
     exact = h.double() @ dense(down).T
     assert (total - exact).norm() / exact.norm() < 1e-2
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_a_ranks_tensors_are_slices_of_the_checkpoints(tp):
+    """Column parallel: rows, and all that belongs to the input. Row parallel: channels, and all scales of rows."""
+    width = 128 * SLICES
+    gate_up = {i: tiny.linear(width, HIDDEN, FORMAT, tiny.input_order(HIDDEN, 1, 0.3, True)) for i in (0, 1)}
+    gate_up[1].update({name: gate_up[0][name] for name in (ck.INPUT_PERM, ck.ACT_BITS_NAME)})
+    down = tiny.linear(HIDDEN, width, FORMAT, tiny.input_order(width, SLICES, 0.5, True))
+    for rank in range(tp):
+        with rank_of(rank, tp):
+            column = MergedColumnParallelLinear(HIDDEN, [width] * 2, bias=False, quant_config=config({}), prefix="l.gu")
+            row = RowParallelLinear(width, HIDDEN, bias=False, quant_config=config({}), prefix="l.down_proj")
+        feed(column, gate_up)
+        feed(row, {None: down})
+        for name in (ck.WEIGHT_PACKED, ck.WEIGHT_SCALE, ck.WEIGHT_GROUP_SCALE):
+            rows = torch.cat([gate_up[i][name].chunk(tp)[rank] for i in (0, 1)])
+            assert torch.equal(getattr(column, name).data, rows)
+        for name in (ck.INPUT_PERM, ck.ACT_BITS_NAME):
+            assert torch.equal(getattr(column, name).data, gate_up[0][name])
+            assert torch.equal(getattr(row, name).data, down[name].chunk(tp)[rank])
+        for name in (ck.WEIGHT_PACKED, ck.WEIGHT_GROUP_SCALE):
+            assert torch.equal(getattr(row, name).data, down[name].chunk(tp, dim=1)[rank])
+        assert torch.equal(row.weight_scale.data, down[ck.WEIGHT_SCALE])
+
+
+@pytest.mark.parametrize("name, permuted", [("l.o_proj", True), ("l.down_proj", False)])
+@pytest.mark.parametrize("rank, tp", [(0, 1), (1, 2)])
+def test_dummy_weights_are_valid_and_permuted_where_the_calibrators_are(monkeypatch, rank, tp, name, permuted):
+    engine = VllmConfig()
+    monkeypatch.setattr(engine.load_config, "load_format", "dummy")
+    with set_current_vllm_config(engine), rank_of(rank, tp):
+        layer = RowParallelLinear(1024, 64, bias=False, quant_config=config({}), prefix=name)
+        layer.quant_method.process_weights_after_loading(layer)
+        assert (layer.comet_kernel.perm is not None) == permuted
+        assert layer.comet_kernel.low.shape[1] == round(0.84 * 1024 // tp / 128) * 128
+        assert run(layer, torch.randn(3, 1024 // tp)).std() > 0
 
 
 def test_row_parallel_slices_that_are_no_multiple_of_128_are_refused():
