@@ -135,7 +135,19 @@ def accepted(llm: Any) -> dict[str, Any]:
             "accepted": count.get("vllm:spec_decode_num_accepted_tokens", 0)}
 
 
-CHECKS = {check.__name__: check for check in (greedy, samples, logprobs, structured, crowd, lora, accepted)}
+def sleep(llm: Any) -> dict[str, Any]:
+    """Greedy tokens before and after a sleep that moves the weights to the host, and bytes of GPU memory it freed."""
+    import torch
+
+    before = greedy(llm, [PROMPT, *REPEATING])
+    awake = torch.cuda.mem_get_info()[0]
+    llm.sleep(level=1)
+    freed = torch.cuda.mem_get_info()[0] - awake
+    llm.wake_up()
+    return {"before": before, "after": greedy(llm, [PROMPT, *REPEATING]), "freed": freed}
+
+
+CHECKS = {check.__name__: check for check in (greedy, samples, logprobs, structured, crowd, lora, accepted, sleep)}
 
 
 def main() -> None:

@@ -97,6 +97,18 @@ def test_lora_adds_to_the_quantised_layers(checkpoint, tmp_path):
     assert found["lora"]["with"]["tokens"] != found["lora"]["without"]["tokens"], "the adapter matters"
 
 
+@pytest.mark.gpu
+def test_sleep_frees_the_memory_and_waking_gives_the_same_tokens(tmp_path):
+    """Packed weights and the kernels' counters come back from the host; the KV cache comes back empty."""
+    model = tiny.write(tmp_path / "model", kv_group_size=128, hidden_size=1024, intermediate_size=2048, head_dim=128,
+                       num_attention_heads=8)
+    found, _ = features_engine.run(
+        model, {"sleep": {}}, skip_tokenizer_init=True, enable_sleep_mode=True, enforce_eager=False, dtype="bfloat16",
+        kv_cache_memory_bytes=1 << 30, compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8]})
+    assert found["sleep"]["after"] == found["sleep"]["before"]
+    assert found["sleep"]["freed"] > 1 << 30
+
+
 def assert_agrees(output, model):
     """Top-5 log-probabilities equal the torch model's, up to codes that rounding moved (see test_e2e.py)."""
     ids = torch.tensor([features_engine.PROMPT + output["tokens"]])
