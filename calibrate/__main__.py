@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
               "--resume when there is room.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"\ncomet-calibrate: interrupted; {args.out} was not written. Continue with --resume.", file=sys.stderr)
+        left = f"; {args.out} was not written. Continue with --resume" if args.out else ""
+        print(f"\ncomet-calibrate: interrupted{left}.", file=sys.stderr)
         return 130
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from calibrate.decoder import DecoderBuilder, DecoderLayer
+from calibrate.errors import CalibrationError
 from calibrate.fmpq import error_curve, outlier_last
 from calibrate.gptq import Compensation, corrected_targets, gptq, hessian_error, refit_rows
 from calibrate.grid import QuantizedLinear, search_grid
@@ -86,6 +87,7 @@ class _LayerJob:
         stats = InputStats(name, k, self.owner.builder.device, _ROWS, self.tokens)
         for x in inputs:
             stats.add(*x)
+        del x  # a chunk is large
         slices = self.owner.comet.tensor_parallel if linear_input.row_parallel else 1
         perm = outlier_last(stats.peak, slices)
         hessian, cross, drift = stats.take(perm)
@@ -95,6 +97,9 @@ class _LayerJob:
         targets = corrected_targets(floats, hessian, cross, drift, compensation)
         del floats, cross, drift
         for member, weight in zip(linear_input.members, targets, strict=True):
+            if not bool(torch.isfinite(weight).all()):
+                raise CalibrationError(f"the weights of model.layers.{self.index}.{member} are too large: what they "
+                                       "give exceeds float32 on the calibration text; check the model's weights.")
             quantized = self._quantize_weight(weight, hessian, compensation, perm)
             self.done[member] = quantized
             stored = quantized.dequantize()

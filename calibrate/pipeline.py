@@ -87,6 +87,8 @@ def prepare(source: ModelSource, options: Options, host_memory: int | None = Non
     comet = fmt.CometFormat(
         group_size=options.group_size, kv_cache=kv_format(options, dims),
         tensor_parallel=choose_tensor_parallel(dims, options.tensor_parallel), producer=_producer(options))
+    if options.length > config.max_position_embeddings:
+        raise CalibrationError(f"--length {options.length}: the model has {config.max_position_embeddings} positions.")
     tokenizer = source.tokenizer()
     text = load_text(options.data, tokenizer)
     windows = token_windows(text, tokenizer, options.samples, options.length, options.seed, _MOST_SAMPLES)
@@ -152,7 +154,11 @@ def load_quantized(
 
 def _propagate(layer: DecoderLayer, states: HiddenStates) -> None:
     for i, hidden in enumerate(states):
-        states[i] = layer.forward(hidden)
+        output = layer.forward(hidden)
+        if not bool(torch.isfinite(output).all()):
+            raise CalibrationError(f"the output of model.layers.{layer.index} is NaN or infinite on the calibration "
+                                   "text; check the model's weights.")
+        states[i] = output
 
 
 def _export(source: ModelSource, workspace: Workspace, comet: fmt.CometFormat, dims: Dims, options: Options) -> Result:

@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from calibrate_tiny import save_tiny, write_text
 from safetensors.torch import load_file, save_file
 
@@ -222,4 +221,14 @@ def test_a_nan_that_only_the_second_layer_meets(tmp_path, model, text, capsys):
     message = refused(capsys, arguments(folder, tmp_path / "out", text))
     assert "the input of model.layers.1.self_attn.q_proj is NaN or infinite" in message
     assert not (tmp_path / "out").exists()
-    assert torch.isfinite(tensors["model.layers.1.input_layernorm.weight"]).all()
+
+
+@pytest.mark.parametrize("value", [3e38, 3e30])
+def test_a_last_layer_that_overflows(tmp_path, model, text, capsys, value):
+    """No later layer would meet its output."""
+    folder = shards(tmp_path / "model", model)
+    tensors = load_file(folder / "model-2.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3] = value
+    save_file(tensors, folder / "model-2.safetensors", {"format": "pt"})
+    assert "model.layers.1" in refused(capsys, arguments(folder, tmp_path / "out", text))
+    assert not (tmp_path / "out").exists()
