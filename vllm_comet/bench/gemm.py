@@ -27,6 +27,7 @@ from vllm_comet.kernels.tiles import table_name
 
 DEFAULT_M = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096, 8192)
 BASELINE = "cublas-bf16"
+FUSED = "comet-fused"
 
 
 @dataclass(frozen=True)
@@ -140,44 +141,68 @@ def measure(candidate: Candidate, n: int, k: int, m: int) -> tuple[float, float]
     return alone, alone if same else time_us(candidate.with_quant, m, candidate.copies)
 
 
-def run(models: list[str], ms: list[int], modes: list[str], high_share: float, save: Callable[[list], None]) -> list:
-    """All rows; ``save`` gets those so far after every M, so that a run that is cut short leaves what it measured.
+def run(
+    models: list[str], ms: list[int], modes: list[str], high_share: float, save: Callable[[list, dict], None]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """All rows, and why which mode is missing. ``save`` gets both after every M, so that a run that is cut short leaves
+    what it measured.
 
     Ours and cuBLAS come first, vLLM's kernels after them: a fault of one of those must not cost the rest.
     """
     rows: list[dict[str, Any]] = []
+    left_out: dict[str, str] = {}
     own = [mode for mode in modes if mode in (BASELINE, "cublas-fp8", *problems.MODES)]
     for phase in (own, [mode for mode in modes if mode not in own]):
-        for m in ms:
+        for m in ms if phase else []:
             for model, layer, n, k in layers_of(models):
-                measured = measure_all(phase, n, k, m, high_share)
+                measured = measure_all([mode for mode in phase if mode not in left_out], n, k, m, high_share, left_out)
                 where = {"model": model, "layer": layer, "n": n, "k": k, "m": m}
                 rows += [{**where, "mode": mode, "us": round(alone, 3), "us_with_quant": round(with_quant, 3)}
                          for mode, (alone, with_quant) in measured.items()]  # fmt: skip
                 text = "  ".join(f"{mode} {alone:.1f}" for mode, (alone, _) in measured.items())
                 print(f"{model} {layer} {n}x{k} M={m} us: {text}", flush=True)
-            if phase:
-                save(rows)
-                torch.cuda.empty_cache()
-    return rows
+            save(rows, left_out)
+            torch.cuda.empty_cache()
+    return rows, left_out
 
 
 def layers_of(models: list[str]) -> list[tuple[str, str, int, int]]:
     return [(model, layer, n, k) for model in models for layer, (n, k) in problems.MODELS[model].items()]
 
 
-def measure_all(modes: list[str], n: int, k: int, m: int, high_share: float) -> dict[str, tuple[float, float]]:
-    """Times by mode. A peer that this GPU or vLLM lacks, or that is wrong, is named on stderr and left out."""
+def measure_all(
+    modes: list[str], n: int, k: int, m: int, high_share: float, left_out: dict[str, str]
+) -> dict[str, tuple[float, float]]:
+    """Times by mode. A peer that this machine lacks, or that is wrong, goes to ``left_out`` with the reason."""
     measured = {}
     for mode in modes:
         try:
             for candidate in candidates(n, k, m, [mode], high_share):
                 measured[mode] = measure(candidate, n, k, m)
-        except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+        except (RuntimeError, TypeError, AttributeError, AssertionError, ImportError, NotImplementedError) as error:
             if mode in (BASELINE, *problems.MODES):
                 raise
-            print(f"{mode} {n}x{k} M={m} is left out: {str(error)[:200]}", file=sys.stderr)
+            left_out[mode] = f"{n}x{k} M={m}: {str(error).splitlines()[0][:200]}"
+            print(f"{mode} is left out from here on, {left_out[mode]}", file=sys.stderr)
     return measured
+
+
+def fused_rows(models: list[str], ms: list[int], high_share: float) -> list[dict[str, Any]]:
+    """Activation quantisation inside the operation before it: ``us`` is vLLM's kernel for that operation alone (bf16
+    out), ``us_with_quant`` ours with the quantised output. Layers ``norm`` (residual add, RMSNorm) and ``silu_mul``."""
+    from vllm_comet.bench import gemm_peers
+
+    rows = []
+    for model in models:
+        shapes = problems.MODELS[model]
+        for m in ms:
+            for layer, k, make in (("norm", shapes["qkv"][1], gemm_peers.norms),
+                                   ("silu_mul", shapes["down"][1], gemm_peers.silus)):  # fmt: skip
+                pair = make(m, k, problems.low_channels(k, high_share))
+                alone, fused = (timing.graph_us([function], calls=24, repeats=5) for function in pair)
+                rows.append({"model": model, "layer": layer, "n": k, "k": k, "m": m, "mode": FUSED,
+                             "us": round(alone, 3), "us_with_quant": round(fused, 3)})  # fmt: skip
+    return rows
 
 
 def warm(models: list[str], ms: list[int], modes: list[str], high_share: float, worker: str) -> None:
@@ -210,6 +235,12 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             print(f"{'M':20}" + "".join(f"{m:>8}" for m in ms))
             for mode, by_m in table.items():
                 print(f"{mode:20}" + "".join(f"{by_m[m]:8.2f}" if m in by_m else " " * 8 for m in ms))
+
+
+def print_fused(rows: list[dict[str, Any]]) -> None:
+    print("\nactivation quantisation fused with the operation before it: us alone (vLLM, bf16) -> us with quantisation")
+    for r in rows:
+        print(f"{r['model']} {r['layer']:9} K={r['k']:<6} M={r['m']:<5} {r['us']:8.2f} -> {r['us_with_quant']:8.2f}")
 
 
 def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
@@ -257,8 +288,20 @@ def main(argv: list[str]) -> int:
         print("a process that compiles kernels failed; they are compiled as they are measured", file=sys.stderr)
     environment = timing.environment()
     out = args.out or Path("examples/results") / f"gemm-{table_name(environment['device'])}.json"
-    rows = run(args.model, args.m, modes, args.high_share, lambda rows: timing.write_results(out, rows, environment))
+    def save(rows: list, left_out: dict) -> None:
+        timing.write_results(out, rows, {**environment, "left_out": left_out})
+
+    rows, left_out = run(args.model, args.m, modes, args.high_share, save)
     print_table(rows)
+    fused: list[dict[str, Any]] = []
+    try:
+        fused = fused_rows(args.model, args.m, args.high_share)
+        print_fused(fused)
+    except ImportError as error:
+        left_out[FUSED] = f"vLLM's own norm and SiLU kernels are the baseline: {error}"
+    save(rows + fused, left_out)
+    for mode, reason in left_out.items():
+        print(f"{mode}: left out, {reason}")
     try:
         plot(rows, out.with_suffix(".png"), environment["device"])
     except ImportError:

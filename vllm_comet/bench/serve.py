@@ -79,10 +79,12 @@ class Server:
             return {"error": "the process died"}
         return self.receive(WORKLOAD_SECONDS)
 
-    def stop(self) -> None:
-        """Ask the process to end, then end it and the vLLM processes it started."""
+    def ask_to_stop(self) -> None:
         with contextlib.suppress(OSError):
             self.connection.send(None)
+
+    def stop(self) -> None:
+        """Wait until the process ends, then end it and what it started."""
         self.process.join(STOP_SECONDS)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)  # its own session: see serve_worker.main
@@ -150,6 +152,8 @@ class Bench:
             for server in (server for server, ok in zip(servers, started, strict=True) if ok):
                 self._measure(server)
         finally:
+            for server in servers:
+                server.ask_to_stop()
             for server in servers:
                 server.stop()
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from vllm_comet.bench.serve_modes import Request, Workload, prompts
 
-SHORT_SECONDS = 2.0
-"""A workload shorter than this is measured REPEATS times, and its median run reported."""
+SHORT_TOKENS = 20_000
+"""A workload of at most so many tokens is measured REPEATS times, and its median run reported."""
 REPEATS = 3
 WARMUP_OUTPUT = 4
 
@@ -63,9 +63,8 @@ async def measure(engine: Any, workload: Workload, vocabulary: int) -> dict[str,
         part = workload.requests[: -(-len(workload.requests) // 4)]
         short = tuple(Request(0.0, r.prompt, min(r.output, WARMUP_OUTPUT)) for r in part)
         await _run(engine, Workload(workload.name, short), vocabulary, "warm-up")
-    runs = [await _run(engine, workload, vocabulary, "0")]
-    if workload.offline and runs[0]["seconds"] < SHORT_SECONDS:
-        runs += [await _run(engine, workload, vocabulary, str(i)) for i in range(1, REPEATS)]
+    repeats = REPEATS if workload.offline and workload.tokens <= SHORT_TOKENS else 1
+    runs = [await _run(engine, workload, vocabulary, str(i)) for i in range(repeats)]
     row = sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
     return row | {"workload": workload.name, "all_seconds": [run["seconds"] for run in runs]}
 
