@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -28,7 +29,7 @@ def test_comet_section_is_what_the_format_reads_and_the_calibrator_writes():
     assert serve_modes.quantized_config(MODES["bf16"], tiny.CONFIG) == tiny.CONFIG
 
 
-@pytest.mark.parametrize("mode, bits", [("bf16", 16), ("fp8-fp8kv", 8), ("comet", 4.5)])
+@pytest.mark.parametrize("mode, bits", [("bf16", 16), ("fp8-fp8kv", 8), ("comet", 5)])
 def test_kv_memory_of_a_token(mode, bits):
     """Llama-3-8B keeps 32 layers of 8 heads of 128 channels, K and V."""
     assert serve_modes.kv_bytes(MODES[mode], MODELS["llama3-8b"], 1000) == pytest.approx(1030 * 65536 * bits / 8)
@@ -99,6 +100,19 @@ def test_results_of_several_runs_merge(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(spoiled))
     with pytest.raises(ValueError, match="another GPU"):
         serve_report.Results(tmp_path / "c.json", [tmp_path / "a.json"])
+
+
+def test_the_readmes_table_gives_no_ratio_to_what_ran_other_kernels(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    import tables
+
+    results = serve_report.Results(tmp_path / "serve-x.json", [])
+    for mode, speed, fallback in (("bf16", 100.0, None), ("comet", 250.0, None), ("w4a16", 300.0, "lacks Machete")):
+        results.add_engine({"model": "m", "mode": mode, "kv_tokens": 1000, "fallback": fallback})
+        results.add_row(row(mode, speed))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    lines = list(tables.serve())
+    assert "| comet | 1,000 | 250 (2.50) |" in lines and "| w4a16 | ran other kernels |  |" in lines
 
 
 def test_percentiles():

@@ -93,7 +93,7 @@ def _comet(activations: str, kv4: bool = True) -> Mode:
     shown = r"auto → int8 \(W4A8\)" if activations == "auto" else activations
     kernels = (r"quantization=comet", rf"COMET activations: {shown}", *(_KV4 if kv4 else _FLASH))
     engine = {"additional_config": {"comet": {"activations": activations}}}
-    return Mode(comet_section(kv4), engine, 4.5 if kv4 else 16, kernels)
+    return Mode(comet_section(kv4), engine, 5 if kv4 else 16, kernels)
 
 
 MODES: dict[str, Mode] = {
