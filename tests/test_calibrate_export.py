@@ -248,7 +248,7 @@ def test_refusals_name_the_cause(text, tmp_path, capsys):
     assert "No such file" in refused(capsys, *arguments, "--data", str(tmp_path / "absent.txt"))
     assert "1000 wanted" in refused(capsys, *arguments, *data, "--samples", "1000")
     assert "--length 512: the model has 256 positions" in refused(capsys, *arguments[:-1], "512", *data)
-    assert "exists already" in refused(capsys, str(model), "--out", str(tmp_path / "exists"), *data)
+    assert "exists already" in refused(capsys, str(model), "--out", str(tmp_path / "exists"), "--length", "64", *data)
     assert "allowed: [32]" in refused(capsys, *arguments, *data, "--kv-group-size", "64")
     assert "--tensor-parallel 2" in refused(capsys, *arguments, *data, "--tensor-parallel", "2")
     assert "neither a folder" in refused(capsys, "a/b/c", *arguments[1:], *data)
