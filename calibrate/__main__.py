@@ -31,6 +31,10 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         "what the shapes allow, at most 8)")
     parser.add_argument("--damping", type=float, default=0.01, help="added to the Hessian's diagonal, as a share "
                         "of its mean (default: %(default)s)")
+    parser.add_argument("--rotate", choices=("none", "heads", "all"), default="none", help="spread outliers by an "
+                        "exact rotation: of V in each head, or also of the residual stream (default: %(default)s)")
+    parser.add_argument("--tune", type=_positive, metavar="STEPS", default=0, help="then train codes and scales end to "
+                        "end against the original model, a few hundred steps; holds both models in memory, for a GPU")
     parser.add_argument("--host-memory", type=float, metavar="GIB", help="hidden states beyond this go to files in "
                         "OUT.partial (default: half of the memory); changes nothing in the result")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
@@ -92,7 +96,7 @@ def _run(args: argparse.Namespace) -> int:
     options = Options(
         data=args.data, samples=args.samples, length=args.length, seed=args.seed, group_size=args.group_size,
         int8_share=args.int8_share, kv4=not args.no_kv4, kv_group_size=args.kv_group_size,
-        tensor_parallel=args.tensor_parallel, damping=args.damping)
+        tensor_parallel=args.tensor_parallel, damping=args.damping, rotation=args.rotate, tune=args.tune)
     host_memory = None if args.host_memory is None else int(args.host_memory * 2**30)
     if args.dry_run:
         with open_model(args.model) as source:

@@ -164,7 +164,8 @@ def write_metadata(source: ModelSource, config: PretrainedConfig, comet: CometFo
     """config.json with the comet section, tokenizer, chat template and generation config."""
     raw = json.loads((source.directory / "config.json").read_text())
     raw.pop("torch_dtype", None)
-    raw.update(architectures=config.architectures, dtype="bfloat16", quantization_config=comet.to_dict())
+    raw.update(architectures=config.architectures, dtype="bfloat16", quantization_config=comet.to_dict(),
+               tie_word_embeddings=config.tie_word_embeddings)
     _write_json(directory / "config.json", raw)
     source.tokenizer().save_pretrained(directory)
     if (source.directory / "generation_config.json").exists():

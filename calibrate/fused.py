@@ -18,14 +18,17 @@ def _rows(fused: str, dims: Dims) -> tuple[int, ...]:
 
 
 def split_tensors(tensors: dict[str, torch.Tensor], dims: Dims) -> dict[str, torch.Tensor]:
-    """A layer's tensors (names relative to it) with its fused matrices and biases cut into their parts."""
-    result = dict(tensors)
-    for fused, parts in FUSED.items():
-        for kind in ("weight", "bias"):
-            whole = result.pop(f"{fused}.{kind}", None)
-            if whole is not None:
-                pieces = whole.split(_rows(fused, dims))
-                result |= {f"{part}.{kind}": piece for part, piece in zip(parts, pieces, strict=True)}
+    """Tensors by name, each of a fused linear (its first dimension: output channels) cut into its parts."""
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        fused = next((f for f in FUSED if module.endswith(f)), None)
+        if fused is None:
+            result[name] = tensor
+            continue
+        base = module.removesuffix(fused)
+        pieces = tensor.split(_rows(fused, dims))
+        result |= {f"{base}{part}.{kind}": piece for part, piece in zip(FUSED[fused], pieces, strict=True)}
     return result
 
 

@@ -10,17 +10,19 @@ import torch
 
 from calibrate.decoder import DecoderBuilder, DecoderLayer
 from calibrate.errors import CalibrationError
-from calibrate.fmpq import error_curve, outlier_last
+from calibrate.fmpq import act_bits, error_curve, outlier_last, round_trip_activation
 from calibrate.gptq import Compensation, corrected_targets, gptq, hessian_error, refit_rows
 from calibrate.grid import QuantizedLinear, search_grid
 from calibrate.hidden import Streams
 from calibrate.kv_smooth import smooth_k
-from calibrate.models import DOWN, GATE_UP, OUT, QKV, LinearInput, rotates_whole_head
+from calibrate.models import DOWN, GATE_UP, LINEAR_INPUTS, OUT, QKV, LinearInput, rotates_whole_head
 from calibrate.stats import InputStats
-from vllm_comet.checkpoint import CometFormat
+from vllm_comet.checkpoint import CometFormat, num_blocks
 
 _ROWS = 512
-"""Tokens on which the activation error of a layer is measured."""
+"""Tokens on which the activation error of a linear is measured."""
+_SAMPLES, _LENGTH = 2, 256
+"""Beginnings of samples on which the activation error of a whole layer is measured."""
 
 
 class LayerCalibrator:
@@ -65,6 +67,7 @@ class LayerCalibrator:
         job.quantize(OUT, out_inputs())
         job.quantize(GATE_UP, gate_up_inputs())
         job.quantize(DOWN, down_inputs())
+        job.measure_output_errors(s.hidden[0][:_SAMPLES, :_LENGTH].to(torch.float32))
         return job.stored_tensors(), job.report
 
     def _drift(self, hidden: torch.Tensor, exact: torch.Tensor) -> torch.Tensor | None:
@@ -88,7 +91,7 @@ class _LayerJob:
         for x in inputs:
             stats.add(*x)
         del x  # a chunk is large
-        slices = self.owner.comet.tensor_parallel if linear_input.row_parallel else 1
+        slices = self._slices(linear_input)
         perm = outlier_last(stats.peak, slices)
         hessian, cross, drift = stats.take(perm)
         errors, weights = {}, []
@@ -114,6 +117,47 @@ class _LayerJob:
             "int8_error": error_curve(rows, readers, slices, low_bits=8),
         }
 
+    def measure_output_errors(self, hidden: torch.Tensor) -> None:
+        """Report what INT4 activations cost the layer, for every number of INT8 blocks in each of its inputs.
+
+        The measure is the mean over tokens of the squared error of the layer's output relative to that output: the
+        residual stream, so it compares between linears and between layers. hidden: the layer's input.
+        """
+        layer = self.layer
+        attended = layer.attended(hidden)
+        middle = layer.add_attention(hidden, attended)
+        mlp_input = layer.mlp_input(middle)
+        activated = layer.mlp_hidden(mlp_input)
+        exact = layer.add_mlp(middle, activated)
+        power = exact.square().sum(-1).clamp_min(1e-30)
+        for linear_input, x in zip(LINEAR_INPUTS, (layer.attention_input(hidden), attended, mlp_input, activated),
+                                   strict=True):
+            perm = self.done[linear_input.members[0]].perm
+            assert perm is not None
+            slices = self._slices(linear_input)
+            curve = []
+            for count in range(num_blocks(len(perm) // slices) + 1):
+                changed = _round_trip(x, perm, act_bits(len(perm), slices, count))
+                output = self._output(linear_input, changed, hidden, middle)
+                curve.append(float(((output - exact).square().sum(-1) / power).mean()))
+            self.report[linear_input.name]["output_error"] = curve
+
+    def _output(
+        self, at: LinearInput, x: torch.Tensor, hidden: torch.Tensor, middle: torch.Tensor
+    ) -> torch.Tensor:
+        """The layer's output with ``x`` as the input ``at``; hidden, middle: the stream before and after attention."""
+        if at is QKV:
+            at, x = OUT, self.layer.attention(*self.layer.qkv(x))
+        if at is OUT:
+            middle = self.layer.add_attention(hidden, x)
+            at, x = GATE_UP, self.layer.mlp_input(middle)
+        if at is GATE_UP:
+            x = self.layer.mlp_hidden(x)
+        return self.layer.add_mlp(middle, x)
+
+    def _slices(self, linear_input: LinearInput) -> int:
+        return self.owner.comet.tensor_parallel if linear_input.row_parallel else 1
+
     def _quantize_weight(
         self, weight: torch.Tensor, hessian: torch.Tensor, compensation: Compensation, perm: torch.Tensor
     ) -> QuantizedLinear:
@@ -136,3 +180,10 @@ class _LayerJob:
             if name.removesuffix(".weight") not in self.done:
                 tensors[name] = parameter.detach().cpu().to(torch.bfloat16)
         return tensors
+
+
+def _round_trip(x: torch.Tensor, perm: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[..., K]`` as the served layer sees it in mixed mode, in x's dtype and channel order."""
+    result = torch.empty_like(x)
+    result[..., perm] = round_trip_activation(x[..., perm].flatten(0, -2), bits, 4).view_as(x).to(x.dtype)
+    return result

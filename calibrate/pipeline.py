@@ -23,9 +23,12 @@ from calibrate.layer import LayerCalibrator
 from calibrate.loading import ModelSource
 from calibrate.models import LINEAR_INPUTS, Dims, Family, check_dims, choose_tensor_parallel, family_of
 from calibrate.plan import Plan
+from calibrate.rotate import Rotation, rotated
 from vllm_comet import checkpoint as fmt
 
 CHUNK_TOKENS = 8192
+BUDGET_ERROR = "output_error"
+"""The entry of a layer's report that the INT8 budget lowers."""
 _MOST_SAMPLES = 128
 
 
@@ -43,6 +46,8 @@ class Options:
     kv_group_size: int | None = None
     tensor_parallel: int | None = None
     damping: float = 0.01
+    rotation: Rotation = "none"
+    tune: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ def kv_format(options: Options, dims: Dims) -> fmt.KVCacheFormat | None:
 
 def prepare(source: ModelSource, options: Options, host_memory: int | None = None) -> tuple[Plan, torch.Tensor]:
     """What a run would do, and its calibration tokens ``[samples, length]``. Raises CalibrationError."""
+    source = rotated(source, options.rotation, options.seed)
     config = source.config()
     family, dims = family_of(config), Dims.of(config)
     check_dims(dims)
@@ -103,6 +109,7 @@ def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = F
     host_memory: bytes of hidden states kept in memory, the others go to files; changes nothing in the result.
     """
     plan, windows = prepare(source, options, host_memory)
+    source = rotated(source, options.rotation, options.seed)
     family, dims, comet, device = plan.family, plan.dims, plan.comet, plan.device
     embedding = source.tensor("model.embed_tokens.weight")
     run = {key: str(value) for key, value in asdict(options).items() if key != "data"}
@@ -118,7 +125,7 @@ def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = F
         for index in tqdm(range(dims.layers), unit="layer", desc="calibrating", dynamic_ncols=True):
             calibrate_layer(layer_tensors(source, index, family, dims), index, calibrator, workspace, streams)
         del streams
-    return _export(source, workspace, comet, dims, options)
+    return _export(source, workspace, comet, dims, options, device)
 
 
 def layer_tensors(source: ModelSource, index: int, family: Family, dims: Dims) -> dict[str, torch.Tensor]:
@@ -161,11 +168,12 @@ def _propagate(layer: DecoderLayer, states: HiddenStates) -> None:
         states[i] = output
 
 
-def _export(source: ModelSource, workspace: Workspace, comet: fmt.CometFormat, dims: Dims, options: Options) -> Result:
+def _export(source: ModelSource, workspace: Workspace, comet: fmt.CometFormat, dims: Dims, options: Options,
+            device: torch.device) -> Result:
     reports = [workspace.load_report(index) for index in range(dims.layers)]
     candidates = [
         Candidate(dims.width(i), len(i.members), comet.tensor_parallel if i.row_parallel else 1,
-                  tuple(report[i.name]["mixed_error"]))
+                  tuple(report[i.name][BUDGET_ERROR]))
         for report in reports for i in LINEAR_INPUTS
     ]
     counts = iter(zip(candidates, allocate(candidates, options.int8_share), strict=True))

@@ -28,11 +28,13 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from calibrate.decoder import round_trip_kv
 from calibrate.errors import CalibrationError
-from calibrate.fmpq import segments
+from calibrate.fused import merge_stored, split_tensors
 from calibrate.grid import HIGH, LOW
+from calibrate.models import Dims, family_of
 from calibrate.simulate import load_comet, read_tensors
+from calibrate.stats import products_of_bf16
 from vllm_comet import checkpoint as fmt
-from vllm_comet.kernels.act_quant import quantize_activation_ref
+from vllm_comet.kernels.act_quant import QMAX, TINY
 
 _HEAD_TOKENS = 1024
 """Tokens whose logits are in memory at once."""
@@ -42,7 +44,8 @@ _HEAD_TOKENS = 1024
 class TuneOptions:
     """steps: of Adam. tokens: of a step. code_rate, scale_rate, norm_rate: first learning rates of the codes (in units
     of one code), of the row scales and of norms and biases (both relative); they fall to zero along a cosine.
-    mixed_share: of the steps that are taken in ``mixed`` mode."""
+    mixed_share: of the steps that are taken in ``mixed`` mode. recompute: keep only each layer's input for the backward
+    pass, a third slower."""
 
     steps: int = 256
     tokens: int = 8192
@@ -50,6 +53,7 @@ class TuneOptions:
     scale_rate: float = 1e-3
     norm_rate: float = 1e-3
     mixed_share: float = 0.5
+    recompute: bool = True
     seed: int = 0
 
 
@@ -61,52 +65,54 @@ def straight_through(value: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor
 class TunableLinear(torch.nn.Module):
     """A comet linear with trainable codes and row scales; computes in float32 what the served layer computes.
 
-    tensors: the stored tensors by suffix, on any device; bias ``[N]`` or None.
+    Channels are in the model's order, so nothing is gathered: a mask tells the two activation segments apart.
+    tensors: the stored tensors by suffix; bias ``[N]`` or None.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor], bias: torch.Tensor | None, group_size: int):
         super().__init__()
-        codes = fmt.unpack_int4(tensors[fmt.WEIGHT_PACKED])
-        n, k = codes.shape
-        group = tensors.get(fmt.WEIGHT_GROUP_SCALE)
-        steps = torch.full((n, 1), 16.0) if group is None else group.to(torch.float32)
-        order, self.split = segments(tensors[fmt.ACT_BITS_NAME], k)
+        stored = fmt.unpack_int4(tensors[fmt.WEIGHT_PACKED]).to(torch.float32) + LOW
+        n, k = stored.shape
         perm = tensors.get(fmt.INPUT_PERM)
-        self.group_size, self.low_bits = k if group is None else group_size, 8
-        self.codes = torch.nn.Parameter(codes.to(torch.float32) + LOW)  # in stored order
+        perm = torch.arange(k) if perm is None else perm.to(torch.int64)
+        group = tensors.get(fmt.WEIGHT_GROUP_SCALE)
+        steps = torch.full((n, k), 16, dtype=torch.uint8) if group is None else (
+            group.repeat_interleave(group_size, dim=1)[:, :k])
+        low = tensors[fmt.ACT_BITS_NAME].repeat_interleave(fmt.BLOCK)[:k] == 4
+        inverse = torch.argsort(perm)
+        self.codes = torch.nn.Parameter(stored[:, inverse].contiguous())
         self.log_gain = torch.nn.Parameter(torch.zeros(n))
         self.bias = None if bias is None else torch.nn.Parameter(bias.to(torch.float32))
+        self.low_bits = 8
+        self.register_buffer("perm", perm)
         self.register_buffer("scale", tensors[fmt.WEIGHT_SCALE].to(torch.float32))
-        self.register_buffer("steps", steps)
-        self.register_buffer("order", order)
-        self.register_buffer("gather", order if perm is None else perm.to(torch.int64)[order])
-
-    def rounded(self) -> torch.Tensor:
-        """Codes −8..7 in stored order, as float32."""
-        return self.codes.round().clamp(LOW, HIGH)
+        self.register_buffer("steps", steps[:, inverse].contiguous())
+        self.register_buffer("low", low[inverse])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        clamped = self.codes.clamp(LOW, HIGH)
-        codes = straight_through(clamped, clamped.round())
-        steps = self.steps.repeat_interleave(self.group_size, dim=1)[:, : codes.shape[1]]
-        weight = (codes * steps)[:, self.order] * (self.scale * self.log_gain.exp()).unsqueeze(1)
-        x = x.to(torch.float32)[..., self.gather]
-        y = F.linear(straight_through(x, self._round_trip(x)), weight)
-        return y if self.bias is None else y + self.bias
+        codes = self.codes.clamp(LOW, HIGH)
+        codes = straight_through(codes, codes.round())
+        weight = codes * self.steps * (self.scale * self.log_gain.exp()).unsqueeze(1)
+        x = x.to(torch.float32)
+        return F.linear(straight_through(x, self._round_trip(x)), weight, self.bias)
 
     @torch.no_grad()
     def _round_trip(self, x: torch.Tensor) -> torch.Tensor:
-        codes, scales = quantize_activation_ref(x.flatten(0, -2), None, self.split, self.low_bits)
-        restored = codes.to(torch.float32)
-        restored[:, : self.split] *= scales[:, :1]
-        restored[:, self.split :] *= scales[:, 1:]
-        return restored.view_as(x)
+        """What ``quantize_activation_ref`` keeps of ``x`` ``[..., K]``."""
+        low = torch.where(self.low, x, 0).abs().amax(-1, keepdim=True)
+        high = torch.where(self.low, 0, x).abs().amax(-1, keepdim=True)
+        low_max, high_max = QMAX[self.low_bits], QMAX[8]
+        codes = x * torch.where(self.low, low.clamp_min(TINY).reciprocal() * low_max,
+                                high.clamp_min(TINY).reciprocal() * high_max)
+        return codes.round_().mul_(torch.where(self.low, low * (1.0 / low_max), high * (1.0 / high_max)))
 
     @torch.no_grad()
     def stored(self) -> dict[str, torch.Tensor]:
         """The tensors that tuning changed, by suffix, on the CPU."""
-        return {fmt.WEIGHT_PACKED: fmt.pack_int4((self.rounded() - LOW).to(torch.uint8).cpu()),
-                fmt.WEIGHT_SCALE: (self.scale * self.log_gain.exp()).cpu()}
+        codes = (self.codes.clamp(LOW, HIGH).round() - LOW).to(torch.uint8)[:, self.perm]
+        changed = {fmt.WEIGHT_PACKED: fmt.pack_int4(codes.cpu()),
+                   fmt.WEIGHT_SCALE: (self.scale * self.log_gain.exp()).cpu()}
+        return changed if self.bias is None else changed | {"bias": self.bias.to("cpu", torch.bfloat16)}
 
 
 def tune_checkpoint(
@@ -124,7 +130,8 @@ def load_tunable(directory: Path) -> PreTrainedModel:
     """The checkpoint's model in float32 with :class:`TunableLinear` layers, and its 4-bit KV cache if it has one."""
     model = load_comet(directory, "none", kv4=True)
     comet = fmt.CometFormat.from_dict(AutoConfig.from_pretrained(directory).quantization_config)
-    for name, stored in read_tensors(directory)[1].items():
+    layers = read_tensors(directory)[1]
+    for name, stored in (merge_stored(layers) if family_of(model.config).fused else layers).items():
         model.set_submodule(name, TunableLinear(stored, model.get_submodule(name).bias, comet.group_size))
     if comet.kv_cache is not None:
         model.set_attn_implementation(_straight_through_kv4(comet.kv_cache.group_size))
@@ -133,12 +140,12 @@ def load_tunable(directory: Path) -> PreTrainedModel:
 
 def save_tuned(model: PreTrainedModel, directory: Path) -> None:
     """Write what :func:`tune` changed back to the checkpoint's files."""
-    changed = {}
+    dims = Dims.of(model.config)
+    changed: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
         if isinstance(module, TunableLinear):
-            changed |= {f"{name}.{suffix}": tensor for suffix, tensor in module.stored().items()}
-            if module.bias is not None:
-                changed[f"{name}.bias"] = module.bias.detach().to("cpu", torch.bfloat16)
+            stored = {f"{name}.{suffix}": tensor for suffix, tensor in module.stored().items()}
+            changed |= split_tensors(stored, dims) if family_of(model.config).fused else stored
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             changed[name] = parameter.detach().to("cpu", torch.bfloat16)
@@ -172,7 +179,8 @@ def tune(student: PreTrainedModel, teacher: PreTrainedModel, windows: torch.Tens
     batch = max(1, options.tokens // windows.shape[1])
     order = _epochs(len(windows), batch * options.steps, options.seed)
     student.train()
-    student.gradient_checkpointing_enable({"use_reentrant": False})
+    if options.recompute:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
     mean, mixed = math.nan, 0.0
     progress = trange(options.steps, desc="tuning", unit="step", dynamic_ncols=True)
     for step in progress:
@@ -184,22 +192,30 @@ def tune(student: PreTrainedModel, teacher: PreTrainedModel, windows: torch.Tens
         rate = 0.5 * (1 + math.cos(math.pi * step / options.steps))
         for group in optimizer.param_groups:
             group["lr"] = group["first_rate"] * rate
-        with torch.no_grad():
-            target = teacher.model(ids, use_cache=False).last_hidden_state
-        with torch.enable_grad():
-            hidden = student.model(ids, use_cache=False).last_hidden_state
-        loss, gradient = head_divergence(hidden, target, student.lm_head, teacher.lm_head)
+        with products_of_bf16():
+            loss = _backward(student, teacher, ids)
         if not math.isfinite(loss):
             raise CalibrationError(f"--tune: the loss is {loss} at step {step}; lower the number of steps or check the "
                                    "model.")
-        hidden.backward(gradient)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         mean = loss if step < 2 else 0.9 * mean + 0.1 * loss
         progress.set_postfix(kl=f"{mean:.4f}")
-    student.gradient_checkpointing_disable()
+    if options.recompute:
+        student.gradient_checkpointing_disable()
     student.eval()
     return mean
+
+
+def _backward(student: PreTrainedModel, teacher: PreTrainedModel, ids: torch.Tensor) -> float:
+    """Mean KL over the tokens of ``ids``; adds its gradient to the student's."""
+    with torch.no_grad():
+        target = teacher.model(ids, use_cache=False).last_hidden_state
+    with torch.enable_grad():
+        hidden = student.model(ids, use_cache=False).last_hidden_state
+        loss, gradient = head_divergence(hidden, target, student.lm_head, teacher.lm_head)
+        hidden.backward(gradient)
+    return loss
 
 
 def head_divergence(

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from calibrate_tiny import FAMILIES, ROPES, VOCAB, tiny_model
+from calibrate_tiny import FAMILIES, ROPES, VOCAB, save_tiny, tiny_model
 
 from calibrate.decoder import DecoderBuilder, DecoderLayer
 from calibrate.fused import split_tensors
 from calibrate.kv_smooth import PairTransform, fold, smooth_k
+from calibrate.loading import ModelSource
 from calibrate.models import Dims, choose_tensor_parallel, family_of
+from calibrate.rotate import RotatedSource
+from calibrate.simulate import load_base
 
 TOKENS = torch.randint(2, VOCAB, (2, 40), generator=torch.Generator().manual_seed(2))
 
@@ -89,3 +92,25 @@ def test_tensor_parallel_refusal_names_layer_and_allowed_sizes():
         choose_tensor_parallel(Dims(576, 1536, 9, 3, 64, 30), 4)
     with pytest.raises(ValueError, match=r"mlp.down_proj has K = 11008 .* not a multiple of 128; allowed .*\[2, 1\]"):
         choose_tensor_parallel(Dims(4096, 11008, 32, 32, 128, 32), 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rotation", ["heads", "all"])
+def test_rotated_model_computes_what_the_model_computes(tmp_path, family, rotation):
+    source = ModelSource(save_tiny(tmp_path / "base", family))
+    if rotation == "all" and family == "Gemma3":
+        with pytest.raises(ValueError, match="--rotate all: Gemma3 has norms .* use --rotate heads"):
+            RotatedSource(source, rotation, seed=5)
+        return
+    turned = RotatedSource(source, rotation, seed=5)
+    names = [name for name in turned.names if name in source.names and "norm" not in name and "bias" not in name]
+    config = turned.config()
+    model = load_base(source.directory)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+        state = {name: turned.tensor(name).to(torch.float32) for name in turned.names}
+        actual = type(model).from_pretrained(None, config=config, state_dict=state, dtype=torch.float32)(TOKENS).logits
+    changed = [name for name in names if not torch.equal(source.tensor(name).to(torch.float32), state[name])]
+    assert len(changed) == (len(names) if rotation == "all" else 2 * config.num_hidden_layers)
+    error = (actual - expected).norm() / expected.norm()
+    assert error < (1e-5 if rotation == "heads" else 0.01)  # the embedding is rounded to bf16
