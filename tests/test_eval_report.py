@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from calibrate.__main__ import main as calibrate
 from calibrate.evaluate import run
-from calibrate.evaluate.__main__ import main
+from calibrate.evaluate.__main__ import command, main
 from calibrate.evaluate.backends import TorchBackend
 from calibrate.perplexity import text_windows, window_losses
 from calibrate.simulate import greedy, load_base, load_comet
@@ -169,3 +169,8 @@ def test_vllm_gives_the_scores_of_torch_and_serves_the_use_cases(folder, tmp_pat
     assert mine == pytest.approx(other, rel=1e-3)
     assert served["text"]["again"]["identical"] == 1
     assert all(len(served["cost"][label]["chat"]["trials"]) == 2 for label in ("bf16", "again"))
+
+
+def test_command_keeps_relative_paths_and_names_of_absolute_ones():
+    words = ["/models/big", "a=/models/big/x@mixed", "--ppl", "wikitext:/data/w.txt", "--out", "out/report"]
+    assert command(words) == "comet-eval big a=x@mixed --ppl wikitext:w.txt --out out/report"

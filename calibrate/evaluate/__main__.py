@@ -96,7 +96,8 @@ def _option(text: str) -> tuple[str, Any]:
 
 def command(argv: list[str]) -> str:
     """The command line with the names of files and folders in place of their absolute paths."""
-    return shlex.join(["comet-eval", *(re.sub(r"(?:/[^/=@:,]+)*/([^/=@:,]+)", r"\1", word) for word in argv)])
+    path = re.compile(r"(?<![^=:@,])/(?:[^/=@:,]+/)*([^/=@:,]+)")
+    return shlex.join(["comet-eval", *(path.sub(r"\1", word) for word in argv)])
 
 
 def main(argv: list[str] | None = None) -> int:
