@@ -164,7 +164,8 @@ def convert_gguf(path: Path, directory: Path) -> None:
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     try:
-        pre = gguf.GGUFReader(path).get_field("tokenizer.ggml.pre")
+        reader = gguf.GGUFReader(path)
+        pre, adds_bos = (reader.get_field(f"tokenizer.ggml.{key}") for key in ("pre", "add_bos_token"))
     except (ValueError, IndexError) as error:
         raise CalibrationError(f"{path} is not a readable GGUF file: {error}") from None
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
@@ -181,12 +182,29 @@ def convert_gguf(path: Path, directory: Path) -> None:
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(directory)
     if pre is not None and pre.contents() in _DIGIT_SPLITTING:
         _split_digits(directory / "tokenizer.json")
+    if adds_bos is not None and adds_bos.contents():
+        _begin_with_bos(directory)
 
 
 def _save_generation_config(model: torch.nn.Module, directory: Path) -> None:
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(directory)
+
+
+def _begin_with_bos(directory: Path) -> None:
+    """Put BOS before every text, as the GGUF file asks; transformers' reader drops that step."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        return
+    path, bos = directory / "tokenizer.json", tokenizer.bos_token
+    raw = json.loads(path.read_text())
+    first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    raw["post_processor"] = {
+        "type": "TemplateProcessing", "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [first, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos_token_id], "tokens": [bos]}}}
+    path.write_text(json.dumps(raw, ensure_ascii=False))
 
 
 def _split_digits(path: Path) -> None:
