@@ -35,14 +35,20 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         "exact rotation: of V in each head, or also of the residual stream (default: %(default)s)")
     parser.add_argument("--tune", type=_positive, metavar="STEPS", default=0, help="then train codes and scales end to "
                         "end against the original model, a few hundred steps; holds both models in memory, for a GPU")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="hidden states stay on the GPU as far as this "
+                        "leaves room for one layer (default: 24, or most of a smaller GPU)")
     parser.add_argument("--host-memory", type=float, metavar="GIB", help="hidden states beyond this go to files in "
-                        "OUT.partial (default: half of the memory); changes nothing in the result")
+                        "OUT.partial (default: half of the memory)")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--dry-run", action="store_true", help="print the plan (layers, sizes, memory, time) and stop")
     args = parser.parse_args(argv)
     if args.out is None and not args.dry_run:
         parser.error("--out is needed")
     return args
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * 2**30)
 
 
 def _positive(text: str) -> int:
@@ -91,16 +97,16 @@ def _run(args: argparse.Namespace) -> int:
     from calibrate.export import finish_interrupted
     from calibrate.loading import open_model
     from calibrate.pipeline import Options, calibrate, prepare
-    from calibrate.plan import describe, matmul_flops
+    from calibrate.plan import Limits, describe, matmul_flops
 
     options = Options(
         data=args.data, samples=args.samples, length=args.length, seed=args.seed, group_size=args.group_size,
         int8_share=args.int8_share, kv4=not args.no_kv4, kv_group_size=args.kv_group_size,
         tensor_parallel=args.tensor_parallel, damping=args.damping, rotation=args.rotate, tune=args.tune)
-    host_memory = None if args.host_memory is None else int(args.host_memory * 2**30)
+    limits = Limits(_bytes(args.gpu_memory), _bytes(args.host_memory))
     if args.dry_run:
         with open_model(args.model) as source:
-            plan, _ = prepare(source, options, host_memory)
+            plan, _ = prepare(source, options, limits)
         print(describe(plan, matmul_flops(plan.device)))
         return 0
     if args.resume and finish_interrupted(args.out):
@@ -108,7 +114,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     start = time.monotonic()
     with open_model(args.model) as source:
-        result = calibrate(source, args.out, options, args.resume, host_memory)
+        result = calibrate(source, args.out, options, args.resume, limits)
     from calibrate.report import summary
 
     print(summary(result, args.out, time.monotonic() - start))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden states between two passes over the calibration text: off the device, and beyond a budget of host memory in
-files. A chunk is a few samples, ``[B, T, channels]``; one chunk at a time is on the device."""
+"""Hidden states between two passes over the calibration text: on the GPU as far as it has room, then in host memory,
+then in files. A chunk is a few samples, ``[B, T, channels]``; one at a time is worked on."""
 
 from __future__ import annotations
 
@@ -21,6 +21,18 @@ class _File:
     dtype: torch.dtype
 
 
+def avoid_fragmentation() -> None:
+    """Let PyTorch grow its GPU memory in place; matrices of many sizes come and go. Before the GPU is first used."""
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
+def default_device_budget(device: torch.device) -> int:
+    """Bytes of GPU memory a calibration may take by default: 24 GiB, or most of a smaller GPU's."""
+    if device.type == "cpu":
+        return 0
+    return min(24 * 2**30, int(0.9 * torch.cuda.get_device_properties(device).total_memory))
+
+
 def default_host_budget() -> int:
     """Bytes that hidden states may take by default: half of the memory of the machine, or of its control group."""
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -31,11 +43,15 @@ def default_host_budget() -> int:
 
 
 class HiddenStore:
-    """Room for chunks: ``budget`` bytes of host memory, then files in ``folder`` (made when the first is needed)."""
+    """Room for chunks: ``device_bytes`` on the GPU, then ``host_bytes``, then files in ``folder`` (made for the first).
 
-    def __init__(self, budget: int, folder: Path, device: torch.device):
+    Where a chunk lies changes nothing in its values.
+    """
+
+    def __init__(self, device: torch.device, device_bytes: int, host_bytes: int, folder: Path):
         self.device, self.spilled = device, 0
-        self._left, self._folder, self._numbers = budget, folder, itertools.count()
+        self._left = {"cpu": host_bytes} if device.type == "cpu" else {device.type: device_bytes, "cpu": host_bytes}
+        self._folder, self._numbers = folder, itertools.count()
 
     def states(self, count: int) -> HiddenStates:
         """``count`` chunks yet to be set."""
@@ -44,14 +60,15 @@ class HiddenStore:
     def keep(self, chunk: torch.Tensor, previous: torch.Tensor | _File | None) -> torch.Tensor | _File:
         """Store ``chunk`` where ``previous`` was if it fits there."""
         if isinstance(previous, torch.Tensor):
-            if self.device.type != "cpu" and previous.shape == chunk.shape:
+            if previous.device != chunk.device and previous.shape == chunk.shape:
                 return previous.copy_(chunk)  # its pages are there already
-            self._left += previous.nbytes
-        if chunk.nbytes <= self._left:
-            self._left -= chunk.nbytes
-            if isinstance(previous, _File):
-                previous.path.unlink()
-            return chunk.cpu()
+            self._left[previous.device.type] += previous.nbytes
+        for place, left in self._left.items():
+            if chunk.nbytes <= left:
+                self._left[place] -= chunk.nbytes
+                if isinstance(previous, _File):
+                    previous.path.unlink()
+                return chunk.to(place)
         return self._write(chunk.cpu(), previous)
 
     def load(self, held: torch.Tensor | _File) -> torch.Tensor:

@@ -18,11 +18,11 @@ from calibrate.export import ShardWriter, Workspace, write_metadata, write_repor
 from calibrate.fmpq import Candidate, act_bits, allocate
 from calibrate.fused import split_tensors
 from calibrate.grid import dequantize
-from calibrate.hidden import HiddenStates, HiddenStore, Streams
+from calibrate.hidden import HiddenStates, HiddenStore, Streams, avoid_fragmentation
 from calibrate.layer import LayerCalibrator
 from calibrate.loading import ModelSource
 from calibrate.models import LINEAR_INPUTS, Dims, Family, check_dims, choose_tensor_parallel, family_of
-from calibrate.plan import Plan
+from calibrate.plan import Limits, Plan
 from calibrate.rotate import Rotation, rotated
 from vllm_comet import checkpoint as fmt
 
@@ -30,6 +30,7 @@ CHUNK_TOKENS = 8192
 BUDGET_ERROR = "output_error"
 """The entry of a layer's report that the INT8 budget lowers."""
 _MOST_SAMPLES = 128
+_NO_LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def kv_format(options: Options, dims: Dims) -> fmt.KVCacheFormat | None:
     return fmt.KVCacheFormat(size)
 
 
-def prepare(source: ModelSource, options: Options, host_memory: int | None = None) -> tuple[Plan, torch.Tensor]:
+def prepare(source: ModelSource, options: Options, limits: Limits = _NO_LIMITS) -> tuple[Plan, torch.Tensor]:
     """What a run would do, and its calibration tokens ``[samples, length]``. Raises CalibrationError."""
     source = rotated(source, options.rotation, options.seed)
     config = source.config()
@@ -98,17 +99,15 @@ def prepare(source: ModelSource, options: Options, host_memory: int | None = Non
     tokenizer = source.tokenizer()
     text = load_text(options.data, tokenizer)
     windows = token_windows(text, tokenizer, options.samples, options.length, options.seed, _MOST_SAMPLES)
+    avoid_fragmentation()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Plan.of(source, dims, family, comet, windows.numel(), device, host_memory), windows
+    return Plan.of(source, dims, family, comet, windows.numel(), device, limits), windows
 
 
 def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = False,
-              host_memory: int | None = None) -> Result:
-    """Quantise ``source`` into the new folder ``out``; see :class:`Options`. Raises CalibrationError.
-
-    host_memory: bytes of hidden states kept in memory, the others go to files; changes nothing in the result.
-    """
-    plan, windows = prepare(source, options, host_memory)
+              limits: Limits = _NO_LIMITS) -> Result:
+    """Quantise ``source`` into the new folder ``out``; see :class:`Options`. Raises CalibrationError."""
+    plan, windows = prepare(source, options, limits)
     source = rotated(source, options.rotation, options.seed)
     family, dims, comet, device = plan.family, plan.dims, plan.comet, plan.device
     embedding = source.tensor("model.embed_tokens.weight")
@@ -118,7 +117,7 @@ def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = F
     with torch.no_grad(), workspace.scratch() as scratch:
         builder = DecoderBuilder(source.config(), family, device, activation_dtype(device))
         calibrator = LayerCalibrator(builder, comet, options.damping)
-        store = HiddenStore(plan.host_memory, scratch, device)
+        store = HiddenStore(device, plan.hidden_on_gpu, plan.host_memory, scratch)
         chunks = windows.split(max(1, CHUNK_TOKENS // windows.shape[1]))
         streams = Streams.start(store, len(chunks), windows.numel(), (builder.embed(c, embedding) for c in chunks))
         del embedding

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from calibrate.hidden import default_host_budget
+from calibrate.hidden import default_device_budget, default_host_budget
 from calibrate.loading import ModelSource
 from calibrate.models import DOWN, LINEAR_INPUTS, Dims, Family, tensor_parallel_obstacle
 from calibrate.stats import products_of_bf16
@@ -22,6 +22,18 @@ _COLUMN_SECONDS = 60e-6
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Bytes that a run may take; None: what the machine suggests. They change nothing in the result.
+
+    gpu_memory: of GPU memory in all (a layer that needs more takes it). host_memory: of hidden states in host memory;
+    what is left over goes to files.
+    """
+
+    gpu_memory: int | None = None
+    host_memory: int | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """Sizes in bytes, time in seconds. base: all tensors in bf16. tokens: of the calibration text."""
 
@@ -31,14 +43,16 @@ class Plan:
     base: int
     tokens: int
     device: torch.device
+    gpu_memory: int
     host_memory: int
 
     @classmethod
     def of(cls, source: ModelSource, dims: Dims, family: Family, comet: fmt.CometFormat, tokens: int,
-           device: torch.device, host_memory: int | None) -> Plan:
+           device: torch.device, limits: Limits) -> Plan:
         """Reads the headers of the model's files, not the weights."""
-        budget = default_host_budget() if host_memory is None else host_memory
-        return cls(dims, family, comet, source.bf16_bytes(), tokens, device, budget)
+        gpu = default_device_budget(device) if limits.gpu_memory is None else limits.gpu_memory
+        host = default_host_budget() if limits.host_memory is None else limits.host_memory
+        return cls(dims, family, comet, source.bf16_bytes(), tokens, device, gpu, host)
 
     @property
     def checkpoint(self) -> int:
@@ -53,9 +67,16 @@ class Plan:
         return self.base + self.dims.layers * (layer - 2 * self.layer_weights)
 
     @property
+    def hidden_on_gpu(self) -> int:
+        """Room for hidden states beside what a layer needs and what the allocator wastes."""
+        if self.device.type == "cpu":
+            return 0
+        return min(self.hidden_bytes, max(0, self.gpu_memory - self.layer_bytes * 5 // 4))
+
+    @property
     def spilled(self) -> int:
         """Hidden states that go to files."""
-        return max(0, self.hidden_bytes - self.host_memory)
+        return max(0, self.hidden_bytes - self.hidden_on_gpu - self.host_memory)
 
     @property
     def disk(self) -> int:
@@ -114,7 +135,8 @@ def describe(plan: Plan, flops: float) -> str:
     """The plan as text; ``flops``: of this device, see :func:`matmul_flops`."""
     dims, comet = plan.dims, plan.comet
     kv, kv_plain = plan.kv_bytes
-    host = plan.hidden_bytes - plan.spilled + 2 * plan.layer_weights
+    host = plan.hidden_bytes - plan.hidden_on_gpu - plan.spilled + 2 * plan.layer_weights
+    gpu = plan.layer_bytes + plan.hidden_on_gpu
     on_gpu = plan.device.type != "cpu"
     seconds = plan.layer_seconds(flops) * dims.layers
     lines = [
@@ -133,7 +155,7 @@ def describe(plan: Plan, flops: float) -> str:
         f"KV cache      {kv} bytes a token; bf16 {kv_plain} ({kv_plain / kv:.2f}x)",
         f"text          {plan.tokens} tokens",
         f"memory        about {(host + (0 if on_gpu else plan.layer_bytes)) / _GIB:.1f} GiB of host memory beside the "
-        f"libraries' own" + (f", {plan.layer_bytes / _GIB:.1f} GiB on the GPU" if on_gpu else ""),
+        f"libraries' own" + (f", {gpu / _GIB:.1f} GiB on the GPU" if on_gpu else ""),
         f"disk          {plan.disk / _GIB:.1f} GiB while it runs"
         + (f", {plan.spilled / _GIB:.1f} GiB of it for hidden states beyond --host-memory" if plan.spilled else ""),
         f"time          {_duration(seconds)}, a rough estimate: operations at the {flops / 1e12:.2g} TFLOP/s of one "

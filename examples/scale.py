@@ -25,10 +25,11 @@ from transformers import LlamaConfig
 
 from calibrate.decoder import DecoderBuilder
 from calibrate.export import Workspace
-from calibrate.hidden import HiddenStore, Streams, default_host_budget
+from calibrate.hidden import HiddenStore, Streams, avoid_fragmentation, default_device_budget, default_host_budget
 from calibrate.layer import LayerCalibrator
 from calibrate.models import Dims, choose_tensor_parallel, family_of
 from calibrate.pipeline import CHUNK_TOKENS, Options, activation_dtype, calibrate_layer, kv_format
+from calibrate.plan import Plan
 from vllm_comet.bench.timing import environment, write_results
 from vllm_comet.checkpoint import CometFormat
 
@@ -58,6 +59,7 @@ def host_peak_bytes() -> int:
 
 
 def measure(name: str, layers: int, samples: int, length: int, host_memory: int, folder: str) -> dict[str, Any]:
+    avoid_fragmentation()
     config = LlamaConfig(**_COMMON, **MODELS[name], architectures=["LlamaForCausalLM"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dims, options = Dims.of(config), Options()
@@ -68,12 +70,15 @@ def measure(name: str, layers: int, samples: int, length: int, host_memory: int,
         builder = DecoderBuilder(config, family_of(config), device, activation_dtype(device))
         calibrator = LayerCalibrator(builder, comet, options.damping)
         workspace = Workspace(Path(scratch) / "out", {}, resume=False)
-        store = HiddenStore(host_memory, Path(scratch) / "hidden", device)
+        plan = Plan(dims, builder.family, comet, 0, samples * length, device, default_device_budget(device),
+                    host_memory)
+        store = HiddenStore(device, plan.hidden_on_gpu, host_memory, Path(scratch) / "hidden")
         embedding = torch.randn(config.vocab_size, dims.hidden, device=device).to("cpu", torch.bfloat16)
         tokens = torch.randint(config.vocab_size, (samples, length), generator=torch.Generator().manual_seed(0))
         chunks = tokens.split(max(1, CHUNK_TOKENS // length))
         streams = Streams.start(store, len(chunks), tokens.numel(), (builder.embed(c, embedding) for c in chunks))
         del embedding
+        torch.cuda.empty_cache()
         for index in range(layers):
             weights = random_layer(builder, index)
             start = time.perf_counter()
@@ -99,11 +104,13 @@ def main() -> None:
     args = parser.parse_args()
     budget = default_host_budget() if args.host_memory is None else int(args.host_memory * 2**30)
     rows = []
-    for model in args.models:
+    pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in args.models]  # a peak each
+    for pool in pools:
+        pool.submit(time.time)  # imports while the first model runs
+    for model, pool in zip(args.models, pools, strict=True):
         name, _, layers = model.partition(":")
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # a peak of its own
-            job = pool.submit(measure, name, int(layers), args.samples, args.length, budget, args.folder)
-            rows.append(job.result())
+        rows.append(pool.submit(measure, name, int(layers), args.samples, args.length, budget, args.folder).result())
+        pool.shutdown()
         print(rows[-1], flush=True)
         given = [f"--{key} {value}" for key, value in vars(args).items()
                  if key in ("samples", "length") and value != parser.get_default(key)]

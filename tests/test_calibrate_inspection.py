@@ -57,16 +57,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, text, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_plan_of_70b_fits_its_limits(tmp_path):
+def test_a_plan_of_70b_fits_its_limits():
     """128 samples of 2048 tokens on a GPU: at most 24 GiB of its memory and of the host's."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8,
                          num_hidden_layers=80, architectures=["LlamaForCausalLM"])
     plan = Plan(Dims.of(config), family_of(config), fmt.CometFormat(64, kv_cache=fmt.KVCacheFormat(128)), 141 * 10**9,
-                128 * 2048, torch.device("cuda"), 2**40)
+                128 * 2048, torch.device("cuda"), 24 * 2**30, 2**40)
     assert 15 * 2**30 < plan.layer_bytes < 24 * 2**30
-    assert 15 * 2**30 < plan.hidden_bytes < 24 * 2**30
+    assert 15 * 2**30 < plan.hidden_bytes < 24 * 2**30 and plan.hidden_on_gpu == 0
     assert plan.kv_bytes == (80 * 8 * 136, 80 * 8 * 512)
 
 
