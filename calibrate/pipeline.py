@@ -191,8 +191,19 @@ def _export(source: ModelSource, workspace: Workspace, comet: fmt.CometFormat, d
     writer.close()
     write_metadata(source, source.config(), comet, folder)
     write_report(folder, reports)
+    if options.tune:
+        _tune(source, folder, options, device)
     summary = workspace.finish()
     return Result(summary.num_bytes, source.bf16_bytes(), summary.int8_share, reports)
+
+
+def _tune(source: ModelSource, folder: Path, options: Options, device: torch.device) -> None:
+    """Train the checkpoint in ``folder`` on all of the calibration text, not only on the samples of the layers."""
+    from calibrate.tune import TuneOptions, tune_checkpoint
+
+    tokenizer = source.tokenizer()
+    windows = token_windows(load_text(options.data, tokenizer), tokenizer, None, options.length, options.seed, 2**31)
+    tune_checkpoint(source.directory, folder, windows, TuneOptions(steps=options.tune, seed=options.seed), device)
 
 
 def _producer(options: Options) -> dict[str, Any]:
