@@ -105,6 +105,12 @@ def read_log(log: str, mode: Mode, graphs: bool) -> dict[str, Any]:
             "kv_tokens": int(tokens[1].replace(",", "")) if tokens else None}
 
 
+def root_cause(log: str) -> str | None:
+    """The first exception that vLLM logged; later ones only say that a process failed."""
+    match = re.search(r"\w+(?:Error|Exception): [^\n]{1,300}", log)
+    return match[0] if match else None
+
+
 def jit_compilations(log: str) -> int:
     """Kernels compiled while serving, by vLLM's JIT monitor."""
     return len(re.findall(r"jit_monitor\.py\S* .* during inference", log))
@@ -141,7 +147,8 @@ class Bench:
             return {"gpu_memory_utilization": asked * GIB / total}
         needed = [w.tokens if w.offline else REPLAY_KV_TOKENS for w in self.workloads]
         tokens = max([self.args.max_model_len, *needed])
-        return {"kv_cache_memory_bytes": kv_bytes(mode, self.config, tokens)}
+        # vLLM wants the utilisation's share of the GPU to be free at the start, also where it plans without it.
+        return {"kv_cache_memory_bytes": kv_bytes(mode, self.config, tokens), "gpu_memory_utilization": 0.01}
 
     def run(self, names: list[str]) -> None:
         """Start the modes together, measure them in turn, stop them."""
@@ -161,6 +168,7 @@ class Bench:
         found = server.receive(START_SECONDS)
         engine: dict[str, Any] = {"model": self.model, "mode": server.name}
         if "error" in found:
+            found["error"] = root_cause(server.log.read_text(errors="replace")) or found["error"]
             self.results.add_engine(engine | found)
             return False
         facts = read_log(server.log.read_text(errors="replace"), MODES[server.name], bool(self.args.graph_sizes))
