@@ -26,7 +26,7 @@ def interleave_rope(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model: torch.nn.Module, pre: str) -> None:
+def write_gguf(path: Path, model: torch.nn.Module, pre: str, add_bos: bool) -> None:
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -49,6 +49,7 @@ def write_gguf(path: Path, model: torch.nn.Module, pre: str) -> None:
     writer.add_token_list(tokens)
     writer.add_token_merges(["1 2"])
     writer.add_bos_token_id(0)
+    writer.add_add_bos_token(add_bos)
     writer.add_eos_token_id(1)
     for name, parameter in model.named_parameters():
         base = name.removeprefix("model.").removesuffix(".weight")
@@ -67,16 +68,18 @@ def write_gguf(path: Path, model: torch.nn.Module, pre: str) -> None:
     writer.close()
 
 
-@pytest.mark.parametrize(("pre", "pieces"), [("smollm", ["1", "2"]), ("gpt-2", ["12"])])
-def test_gguf_becomes_an_equal_hugging_face_folder(tmp_path, pre, pieces):
+@pytest.mark.parametrize(("pre", "pieces", "add_bos"), [("smollm", ["1", "2"], False), ("gpt-2", ["12"], True)])
+def test_gguf_becomes_an_equal_hugging_face_folder(tmp_path, pre, pieces, add_bos):
     model = tiny_model("Llama")
-    write_gguf(tmp_path / "tiny.gguf", model, pre)
+    write_gguf(tmp_path / "tiny.gguf", model, pre, add_bos)
     tokens = torch.arange(2, 40).unsqueeze(0)
     with open_model(str(tmp_path / "tiny.gguf")) as source, torch.no_grad():
         assert source.config().architectures == ["LlamaForCausalLM"]
         found = AutoModelForCausalLM.from_pretrained(source.directory, dtype=torch.float32)(tokens).logits
         torch.testing.assert_close(found, model(tokens).logits, rtol=1e-4, atol=1e-4)
-        assert AutoTokenizer.from_pretrained(source.directory).tokenize("12") == pieces
+        tokenizer = AutoTokenizer.from_pretrained(source.directory)
+        assert tokenizer.tokenize("12") == pieces
+        assert (tokenizer("12")["input_ids"][0] == tokenizer.bos_token_id) == add_bos
         folder = source.directory
     assert not folder.exists()
 
