@@ -64,8 +64,8 @@ def runs(tmp_path_factory):
         if where == "one":
             env["CUDA_VISIBLE_DEVICES"] = str(list(modes).index(mode) % 2)
         return engine.run(model, [PROMPTS], TOKENS, env, dtype="bfloat16", enforce_eager=False, max_num_seqs=32,
-                          kv_cache_memory_bytes=1 << 30, gpu_memory_utilization=0.05, compilation_config={"cudagraph_capture_sizes": [8, 16, 32]},
-                          **extra, **options)
+                          kv_cache_memory_bytes=1 << 30, gpu_memory_utilization=0.05, disable_custom_all_reduce=True,
+                          compilation_config={"cudagraph_capture_sizes": [8, 16, 32]}, **extra, **options)
 
     with ThreadPoolExecutor(len(jobs)) as pool:
         return dict(zip(jobs, pool.map(start, jobs.items()), strict=True))
