@@ -48,7 +48,7 @@ class TuneOptions:
     pass, a third slower."""
 
     steps: int = 256
-    tokens: int = 8192
+    tokens: int = 4096
     code_rate: float = 0.01
     scale_rate: float = 1e-3
     norm_rate: float = 1e-3

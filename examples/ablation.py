@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each part of the calibrator is worth: it is run with and without, and each checkpoint is measured, as JSON.
+
+    python examples/ablation.py MODEL --text wikitext2_test.raw.txt --name smollm2-135m --jobs 8
+
+MODEL is a Hugging Face folder, hub id or .gguf file. Variants run side by side in ``--jobs`` processes; rows are
+written as they come. ``--start CHECKPOINT`` takes that one, instead of calibrating anew, as what the INT8 shares and
+tuned variants start from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from measure import Evaluator, add_arguments, device, header, save
+from safetensors.torch import load_file
+
+from calibrate.data import load_text, token_windows
+from calibrate.export import REPORT
+from calibrate.fmpq import Candidate, act_bits, allocate
+from calibrate.gptq import Compensation
+from calibrate.grid import round_to_grid
+from calibrate.loading import ModelSource, open_model
+from calibrate.models import LINEAR_INPUTS, Dims
+from calibrate.pipeline import BUDGET_ERROR, Options, calibrate
+from calibrate.simulate import Activations, load_base, load_comet
+from calibrate.tune import TuneOptions, tune_checkpoint
+from vllm_comet import checkpoint as fmt
+
+MODES: dict[str, tuple[Activations, bool]] = {
+    "W4": ("none", False), "W4 KV4": ("none", True), "W4A8": ("int8", False), "W4A8KV4": ("int8", True),
+    "W4AxKV4": ("mixed", True)}
+SHARES = (0.0, 0.08, 0.16, 0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """options: of the calibrator. patches: what is replaced in it, by dotted name. share: INT8 share given to a
+    finished checkpoint; tune: settings of :class:`TuneOptions` for one. modes: that are measured."""
+
+    options: dict[str, Any] = field(default_factory=dict)
+    patches: dict[str, Any] = field(default_factory=dict)
+    share: float | None = None
+    tune: dict[str, Any] | None = None
+    modes: tuple[str, ...] = tuple(MODES)
+
+
+def _keep(*found: Any) -> Any:
+    """Instead of a function that improves its first argument."""
+    return found[0]
+
+
+def _unordered(hessian: torch.Tensor, damping: float, name: str, of: Callable = Compensation.of) -> Compensation:
+    """Compensation without act-order: descending diagonals would keep the stored order."""
+    with patch("calibrate.gptq.torch.argsort", lambda d, **_: torch.arange(len(d), device=d.device)):
+        return of(hessian, damping, name)
+
+
+VARIANTS: dict[str, Variant] = {
+    "default": Variant(),
+    "rounding to nearest": Variant(patches={"calibrate.layer.gptq": lambda w, _, grid: round_to_grid(w, grid)}),
+    "no corrected targets": Variant(patches={"calibrate.layer.corrected_targets": _keep}),
+    "no act-order": Variant(patches={"calibrate.layer.Compensation.of": _unordered}),
+    "no scale search": Variant(patches={"calibrate.grid._SHRINK": 0, "calibrate.grid._GROW": 0}),
+    "no refitted rows": Variant(patches={"calibrate.layer.refit_rows": lambda w, h, grid, codes: grid}),
+    "no K smoothing": Variant(patches={"calibrate.layer.smooth_k": lambda *_: 1.0}),
+    "no input smoothing": Variant(patches={"calibrate.smooth.STRENGTHS": (0.0,)}),
+    "INT8 blocks by each linear's own error": Variant(patches={"calibrate.pipeline.BUDGET_ERROR": "mixed_error"}),
+    "weight groups of 128": Variant({"group_size": 128}),
+    "KV groups of 64": Variant({"kv_group_size": 64}),
+    "--rotate heads": Variant({"rotation": "heads"}),
+    "--rotate all": Variant({"rotation": "all"}),
+    "--tune 128": Variant(tune={"steps": 128}),
+    "--tune 128, int8 steps only": Variant(tune={"steps": 128, "mixed_share": 0.0}),
+    "--tune 128, codes three times as fast": Variant(tune={"steps": 128, "code_rate": 0.03}),
+    "--tune 128, scales and norms only": Variant(tune={"steps": 128, "code_rate": 0.0}),
+    **{f"INT8 share {share:g}": Variant(share=share, modes=("W4AxKV4",)) for share in SHARES},
+}
+
+
+def give_share(directory: Path, dims: Dims, share: float) -> None:
+    """Spend another INT8 budget in a finished checkpoint."""
+    comet = fmt.CometFormat.from_dict(json.loads((directory / "config.json").read_text())["quantization_config"])
+    reports = json.loads((directory / REPORT).read_text())["layers"]
+    places = [(f"model.layers.{n}", i) for n in range(len(reports)) for i in LINEAR_INPUTS]
+    candidates = [Candidate(dims.width(i), len(i.members), comet.tensor_parallel if i.row_parallel else 1,
+                            tuple(report[i.name][BUDGET_ERROR])) for report in reports for i in LINEAR_INPUTS]
+    bits = {f"{layer}.{member}.{fmt.ACT_BITS_NAME}": act_bits(c.k, c.slices, count)
+            for (layer, i), c, count in zip(places, candidates, allocate(candidates, share), strict=True)
+            for member in i.members}
+    for path in directory.glob("*.safetensors"):
+        fmt.save_shard({name: bits.get(name, tensor) for name, tensor in load_file(path).items()}, path)
+
+
+def make(source: ModelSource, variant: Variant, args: argparse.Namespace, out: Path) -> None:
+    """Calibrate as ``variant`` says, or change a copy of ``--start``."""
+    data, start = args.data, args.start
+    if start is not None and (variant.share is not None or variant.tune is not None):
+        shutil.copytree(start, out)
+    else:
+        with contextlib.ExitStack() as stack:
+            for name, replacement in variant.patches.items():
+                stack.enter_context(patch(name, replacement))
+            calibrate(source, out, Options(data=data, length=args.length, **variant.options))
+    if variant.share is not None:
+        give_share(out, Dims.of(source.config()), variant.share)
+    if variant.tune is not None:
+        tokenizer = source.tokenizer()
+        windows = token_windows(load_text(data, tokenizer), tokenizer, None, args.length, 0, 2**31)
+        tune_checkpoint(source.directory, out, windows, TuneOptions(**variant.tune), device())
+
+
+def run(name: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """One row: perplexity by mode, on the text and on ``--valid``, and the zero-shot mean of W4A8KV4."""
+    torch.set_num_threads(1 if args.jobs > 1 else torch.get_num_threads())
+    source, start = ModelSource(model), time.monotonic()
+    dtype = torch.float32 if device().type == "cpu" else torch.bfloat16
+    row: dict[str, Any] = {"variant": name, "ppl": {}, "valid_ppl": {}}
+    evaluate = Evaluator(source, args.text, args.windows, args.tasks)
+    choose = Evaluator(source, args.valid, args.valid_windows, None) if args.valid else None
+    with tempfile.TemporaryDirectory(prefix="comet-ablation-") as folder:
+        checkpoint = Path(folder) / "checkpoint"
+        variant = VARIANTS.get(name)
+        if variant is not None:
+            make(source, variant, args, checkpoint)
+            row["int8_share"] = round(fmt.verify_checkpoint(checkpoint).int8_share, 4)
+            row["seconds"] = round(time.monotonic() - start)
+        for mode in variant.modes if variant is not None else ("bf16",):
+            network = (load_base(model, dtype) if variant is None else load_comet(checkpoint, *MODES[mode], dtype))
+            network = network.to(device())
+            row["ppl"][mode] = list(evaluate.perplexity(network).values())[-1]
+            if choose is not None:
+                row["valid_ppl"][mode] = list(choose.perplexity(network).values())[-1]
+            if args.tasks and mode in args.task_modes:
+                row.setdefault("zeroshot_mean", {})[mode] = evaluate.zeroshot(network)["zeroshot_mean"]
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", type=Path, help="calibration text (default: comet-calibrate's)")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a sample (default: %(default)s)")
+    parser.add_argument("--valid", type=Path, help="text to choose variants by, read as WikiText rows")
+    parser.add_argument("--valid-windows", type=int, default=20)
+    parser.add_argument("--start", type=Path, help="checkpoint that INT8 shares and tuned variants start from")
+    parser.add_argument("--only", nargs="+", choices=["bf16", *VARIANTS], default=["bf16", *VARIANTS])
+    parser.add_argument("--task-modes", nargs="+", default=["bf16", "W4A8KV4"], help="modes that answer the tasks")
+    parser.add_argument("--jobs", type=int, default=1, help="variants at a time (default: %(default)s)")
+    add_arguments(parser)
+    args = parser.parse_args()
+    result, rows = header(args.name, args.commit), []
+    with open_model(args.model) as source, ProcessPoolExecutor(
+            args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        tasks = {pool.submit(run, name, source.directory, args): name for name in args.only}
+        for task in as_completed(tasks):
+            failure = task.exception()
+            row = {"variant": tasks[task], "failed": repr(failure)[:300]} if failure else task.result()
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+            rows.sort(key=lambda r: args.only.index(r["variant"]))
+            save("ablation", result | {"rows": rows})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
