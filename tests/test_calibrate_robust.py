@@ -99,7 +99,8 @@ def run_until(argv: list[str], where: str, call: int, when: str) -> None:
 ])
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, model, text, whole, where, call, when):
     out = tmp_path / "out"
-    child = FORK.Process(target=run_until, args=(arguments(model, out, text, "--host-memory", "0"), where, call, when))
+    child = FORK.Process(target=run_until, args=(arguments(model, out, text, "--host-memory", "0", "--gpu-memory", "0"),
+                                                 where, call, when))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
@@ -111,7 +112,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, model, text, whole, wh
 
 def test_hidden_states_in_files_change_nothing(tmp_path, model, text, whole):
     out = tmp_path / "out"
-    assert main(arguments(model, out, text, "--host-memory", "0.0002")) == 0
+    assert main(arguments(model, out, text, "--host-memory", "0.0002", "--gpu-memory", "0")) == 0
     assert contents(out) == whole
 
 
@@ -127,7 +128,7 @@ def run_with_little_room(argv: list[str], bytes_a_file: int, code) -> None:
 
 @pytest.mark.parametrize(("bytes_a_file", "options"), [
     (120_000, []),  # a layer's tensors do not fit
-    (200_000, ["--host-memory", "0"]),  # hidden states do not fit
+    (200_000, ["--host-memory", "0", "--gpu-memory", "0"]),  # hidden states do not fit
     (400_000, []),  # the layers fit, the checkpoint does not
 ])
 def test_a_disk_that_fills_up(tmp_path, model, text, whole, bytes_a_file, options):
