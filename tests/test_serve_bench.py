@@ -79,6 +79,15 @@ def test_a_log_without_the_kernels_is_a_fallback():
     assert serve.jit_compilations(f"{log}\n{late}") == 1 and serve.jit_compilations(log) == 0
 
 
+def test_kv_tokens_by_memory_equal_vllms_plan():
+    """100 tokens a GiB, 6 GiB beside the KV cache: 4 GiB are left of 10."""
+    gib = serve_modes.GIB
+    alone = serve.count_kv_tokens(400, {"gpu_memory_utilization": 0.5}, 10 * gib, 10)
+    shared = serve.count_kv_tokens(250, {"kv_cache_memory_bytes": int(2.5 * gib)}, int(8.5 * gib), 10)
+    assert (alone["kv_tokens"], alone["kv_tokens_by"]) == (400, "vllm")
+    assert (shared["kv_tokens"], shared["kv_tokens_by"]) == (400, "memory")
+
+
 def test_ratios_leave_out_what_failed_or_fell_back():
     rows = [row("bf16", 100.0), row("comet", 250.0), row("w4a16", 300.0, fallback="lacks Machete"),
             {"model": "m", "workload": "1x128-128", "mode": "w4a8-fp8", "error": "died"}]
@@ -87,11 +96,12 @@ def test_ratios_leave_out_what_failed_or_fell_back():
 
 def test_results_of_several_runs_merge(tmp_path):
     first = serve_report.Results(tmp_path / "a.json", [])
-    first.add_engine({"model": "m", "mode": "comet", "kv_tokens": 7, "gpu_memory_gib": 72, "fallback": None})
+    counted = {"model": "m", "mode": "comet", "kv_tokens": 7, "kv_tokens_by": "vllm", "gpu_memory_gib": 72}
+    first.add_engine(counted | {"fallback": None})
     first.add_row(row("comet", 1.0))
     first.add_row(row("comet", 5.0, "64x128-128"))
     second = serve_report.Results(tmp_path / "b.json", [tmp_path / "a.json"])
-    second.add_engine({"model": "m", "mode": "comet", "kv_tokens": None, "gpu_memory_gib": None, "fallback": None})
+    second.add_engine(counted | {"kv_tokens": 6, "kv_tokens_by": "memory", "fallback": None})
     second.add_row(row("comet", 2.0))
     written = json.loads((tmp_path / "b.json").read_text())
     assert [(r["workload"], r["total_tok_s"], r["kv_tokens"]) for r in written["rows"]] == [

@@ -4,11 +4,12 @@
 Each mode is a vLLM engine in a process of its own. A mode that fails to start or to finish is a row with the reason. A
 mode counts only if vLLM's log shows the kernels it claims; otherwise its rows carry ``fallback`` and no ratio is given.
 
-``kv_tokens`` is vLLM's own count for an engine that may use ``--gpu-memory-gib`` of the GPU, 72 by default: 0.9 of an
-80 GB card, so that the count means the same on a larger one. ``--parallel N`` starts N engines at once, which saves
-minutes because an engine's start is mostly single-threaded compilation, and measures them one after another while the
-others idle; each then gets just the KV memory that the workloads need, and no ``kv_tokens``. ``--workloads`` without a
-name only starts the engines and counts.
+``kv_tokens`` is what fits where an engine may use ``--gpu-memory-gib`` of the GPU, 72 by default: 0.9 of an 80 GB card,
+so that the count means the same on a larger one. An engine that starts alone gets that much, and the count is vLLM's.
+``--parallel N`` starts N engines at once, which saves minutes because a start is mostly single-threaded compilation, and
+measures them one after another while the others idle. Each then gets just the KV memory that the workloads need, and
+``kv_tokens`` follows from what it reserved beside that (``kv_tokens_by``: ``vllm`` or ``memory``). ``--workloads``
+without a name only starts the engines and counts.
 
 ``ttft_ms`` is from arrival to the first token; ``itl_ms`` is the time between tokens: of every token where requests
 arrive one by one (``azure-conv@RATE``), the mean of each request where all are there at the start.
@@ -56,7 +57,7 @@ class Server:
     """One mode's process, see :mod:`vllm_comet.bench.serve_worker`."""
 
     def __init__(self, name: str, options: dict[str, Any], log: Path) -> None:
-        self.name, self.log = name, log
+        self.name, self.log, self.options = name, log, options
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve_worker.main, args=(theirs, options, log), name=name)
@@ -103,6 +104,20 @@ def read_log(log: str, mode: Mode, graphs: bool) -> dict[str, Any]:
     tokens = re.search(r"KV cache size: ([\d,]+) tokens", log)
     return {"evidence": evidence, "fallback": f"vLLM's log lacks {missing}" if missing else None,
             "kv_tokens": int(tokens[1].replace(",", "")) if tokens else None}
+
+
+def count_kv_tokens(planned: int, options: dict[str, Any], reserved: int, gib: float) -> dict[str, Any]:
+    """KV tokens in ``gib`` of GPU memory: vLLM's plan if the engine was given that much, else by its memory.
+
+    planned: tokens that vLLM planned for what it was given; reserved: all bytes its process reserved.
+    """
+    given = options.get("kv_cache_memory_bytes")
+    if given is None:
+        return {"kv_tokens": planned, "kv_tokens_by": "vllm", "gpu_memory_gib": gib}
+    if not reserved:  # a CPU
+        return {"kv_tokens": None, "kv_tokens_by": None, "gpu_memory_gib": None}
+    tokens = int((gib * GIB - (reserved - given)) * planned / given)
+    return {"kv_tokens": tokens, "kv_tokens_by": "memory", "gpu_memory_gib": gib}
 
 
 def root_cause(log: str) -> str | None:
@@ -172,13 +187,11 @@ class Bench:
             self.results.add_engine(engine | found)
             return False
         facts = read_log(server.log.read_text(errors="replace"), MODES[server.name], bool(self.args.graph_sizes))
-        if self.args.parallel > 1:
-            facts["kv_tokens"] = None
+        facts |= count_kv_tokens(facts["kv_tokens"], server.options, found["reserved_bytes"], self.args.gpu_memory_gib)
         memory = {"weights_gib": round(found["weights_bytes"] / GIB, 2),
                   "peak_load_gib": round(found["peak_load_bytes"] / GIB, 2),
                   "gpu_mem_gib": round(found["reserved_bytes"] / GIB, 2)}
-        self.results.add_engine(engine | {"load_s": found["load_s"], "start_s": found["start_s"]} | memory | facts
-                                | {"gpu_memory_gib": None if self.args.parallel > 1 else self.args.gpu_memory_gib})
+        self.results.add_engine(engine | {"load_s": found["load_s"], "start_s": found["start_s"]} | memory | facts)
         return True
 
     def _measure(self, server: Server) -> None:

@@ -56,11 +56,12 @@ class Results:
         return rows
 
     def add_engine(self, engine: dict[str, Any]) -> None:
-        """A start that does not count KV tokens keeps the count of an earlier one."""
+        """vLLM's own count of KV tokens in an earlier file outlives one derived from memory."""
         key = engine["model"], engine["mode"]
-        counted = {k: v for k, v in self._engines.get(key, {}).items() if k in ("kv_tokens", "gpu_memory_gib")}
-        known = {k: v for k, v in engine.items() if v is not None or k not in counted}
-        self._engines[key] = counted | known
+        earlier = self._engines.get(key, {})
+        if earlier.get("kv_tokens_by") == "vllm" and engine.get("kv_tokens_by") != "vllm":
+            engine = engine | {name: earlier[name] for name in ("kv_tokens", "kv_tokens_by", "gpu_memory_gib")}
+        self._engines[key] = engine
         self._write()
 
     def add_row(self, row: dict[str, Any]) -> None:
