@@ -6,9 +6,9 @@ mode counts only if vLLM's log shows the kernels it claims; otherwise its rows c
 
 ``kv_tokens`` is what fits where an engine may use ``--gpu-memory-gib`` of the GPU, 72 by default: 0.9 of an 80 GB card,
 so that the count means the same on a larger one. An engine that starts alone gets that much, and the count is vLLM's.
-``--parallel N`` starts N engines at once, which saves minutes because a start is mostly single-threaded compilation, and
-measures them one after another while the others idle. Each then gets just the KV memory that the workloads need, and
-``kv_tokens`` follows from what it reserved beside that (``kv_tokens_by``: ``vllm`` or ``memory``). ``--workloads``
+``--parallel N`` starts N engines at once, which saves minutes because a start is mostly single-threaded compilation,
+and measures them one after another while the others idle. Each then gets just the KV memory that the workloads need,
+and ``kv_tokens`` follows from what it reserved beside that (``kv_tokens_by``: ``vllm`` or ``memory``). ``--workloads``
 without a name only starts the engines and counts.
 
 ``ttft_ms`` is from arrival to the first token; ``itl_ms`` is the time between tokens: of every token where requests
