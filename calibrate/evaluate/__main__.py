@@ -26,13 +26,16 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("comet-eval", description=DESCRIPTION,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", help="the model that the others are measured against")
-    parser.add_argument("candidates", nargs="+", metavar="candidate")
+    parser.add_argument("candidates", nargs="*", metavar="candidate", help="at least one, but for --cost-only")
     parser.add_argument("--out", type=Path, required=True, help="folder for report.json, report.md and report.html")
     parser.add_argument("--cache", type=Path, help="folder of answers, shared between reports (default: OUT/cache)")
     parser.add_argument("--seed", type=int, default=0, help="draws items, resamples, arrivals (default: %(default)s)")
     _accuracy_arguments(parser.add_argument_group("accuracy"))
     _cost_arguments(parser.add_argument_group("cost"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not args.candidates and not args.cost_only:
+        parser.error("name at least one candidate to compare with the base")
+    return args
 
 
 def _accuracy_arguments(group: argparse._ArgumentGroup) -> None:

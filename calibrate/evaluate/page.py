@@ -30,7 +30,7 @@ def html_page(result: dict[str, Any]) -> str:
     sections += [_settings(result)]
     return ('<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-            f"<title>{escape(base)} and what could replace it</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}"
+            f"<title>{escape(base)}: comet-eval</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}"
             f"</style>\n</head>\n<body>\n<main>\n{chr(10).join(sections)}\n</main>\n</body>\n</html>\n")
 
 
@@ -40,9 +40,9 @@ def _head(result: dict[str, Any]) -> str:
     parts = [f"{count:,} items of {len(result['tasks'])} tasks"] if count else []
     if "cost" in result:
         parts.append(f"{len(result['cost'][base])} use cases served on {result['environment']['device']}")
-    return (f"<h1>{escape(base)} and what could replace it</h1>"
-            f'<p class="lead">{escape(", ".join(others))} measured against {escape(base)}'
-            f"{': ' if parts else ''}{escape('; '.join(parts))}.</p>")
+    title = f"{base} and what could replace it" if others else base
+    lead = f"{', '.join(others)} measured against {base}: " if others else ""
+    return f'<h1>{escape(title)}</h1><p class="lead">{escape(lead + "; ".join(parts))}.</p>'
 
 
 def _models(result: dict[str, Any]) -> str:

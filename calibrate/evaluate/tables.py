@@ -12,7 +12,7 @@ NOTHING = "–"
 def markdown(result: dict[str, Any]) -> Iterator[str]:
     """The report as lines of Markdown."""
     base = result["models"][0]["label"]
-    yield f"# {base} and what could replace it"
+    yield f"# {base}{' and what could replace it' if len(result['models']) > 1 else ''}"
     yield ""
     yield from _table(["model", "what ran", "weights"], [
         [m["label"], m["what"], f"{m['bytes'] / 1e6:,.0f} MB" if m["bytes"] else NOTHING] for m in result["models"]])
