@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``comet-bench serve`` adds inside vLLM's worker processes: loaders that fill dummy weights fairly and note what
-loading cost, and a method to read that.
+"""What ``comet-bench serve`` adds inside vLLM's worker processes: a loader that fills dummy weights fairly and notes
+what loading cost, and a method to read that.
 
 Random weights must be random *bits*: tensor cores draw less power, and so clock higher, on operands that are zero or
 constant. vLLM's dummy loader leaves packed int32 weights as the allocator found them, mostly zero;
 :class:`RandomLoader` fills them, for every mode alike. 16-bit weights, FP8 weights and scales are vLLM's own uniform
 random numbers, and COMET's layers draw valid codes, scales and permutations themselves (``CometLinearMethod``).
-Importing this module replaces vLLM's loaders in this process; name it as ``worker_extension_cls``.
+Importing this module replaces vLLM's dummy loader in this process; name it as ``worker_extension_cls``.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from vllm.model_executor.model_loader import register_model_loader
-from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.dummy_loader import DummyModelLoader
 
 PACKED_WEIGHTS = ("weight_packed", "qweight")
@@ -34,12 +32,13 @@ class LoadReport:
         return {**LoadReport.comet_bench_load, "reserved_bytes": reserved}
 
 
-def _measured(load: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
-    """``load_model`` that notes its seconds and GPU memory."""
+@register_model_loader("dummy")
+class RandomLoader(DummyModelLoader):
+    """vLLM's dummy loader, and random bits in packed integer weights."""
 
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    def load_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
         started = time.perf_counter()
-        model = load(self, *args, **kwargs)
+        model = super().load_model(*args, **kwargs)
         on_gpu = torch.cuda.is_available()
         if on_gpu:
             torch.cuda.synchronize()
@@ -50,24 +49,8 @@ def _measured(load: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Mo
         )
         return model
 
-    return load_model
-
-
-@register_model_loader("dummy")
-class RandomLoader(DummyModelLoader):
-    """vLLM's dummy loader, and random bits in packed integer weights."""
-
-    load_model = _measured(DummyModelLoader.load_model)
-
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         super().load_weights(model, model_config)
         for name, parameter in model.named_parameters():
             if name.rsplit(".", 1)[-1] in PACKED_WEIGHTS and parameter.dtype == torch.int32:
                 parameter.data.random_(-(2**31), 2**31 - 1)
-
-
-@register_model_loader("safetensors")
-class MeasuredLoader(DefaultModelLoader):
-    """vLLM's own loader of real checkpoints."""
-
-    load_model = _measured(DefaultModelLoader.load_model)

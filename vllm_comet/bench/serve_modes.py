@@ -200,7 +200,7 @@ def engine_options(mode: Mode, config: dict[str, Any], max_model_len: int, graph
 
 
 def kv_bytes(mode: Mode, config: dict[str, Any], tokens: int) -> int:
-    """Bytes of K and V of ``tokens`` tokens, with 3 % for partly filled pages."""
+    """Bytes of K and V of ``tokens`` tokens, with 3 % and 4,096 tokens for partly filled pages."""
     heads = config.get("num_key_value_heads", config["num_attention_heads"])
     values = 2 * config["num_hidden_layers"] * heads * head_dim(config)
-    return int(1.03 * tokens * values * mode.kv_bits / 8)
+    return int(1.03 * (tokens + 4096) * values * mode.kv_bits / 8)

@@ -23,7 +23,7 @@ from vllm_comet.kernels import tiles as tile_tables
 from vllm_comet.kernels.tiles import Entry, Tile
 from vllm_comet.kernels.w4ax_gemm import hopper_kernel_supported
 
-DEFAULT_M = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+DEFAULT_M = (8, 16, 32, 64, 128, 256, 1024, 4096)
 
 
 def candidates(layout: str, n: int, k: int, m: int) -> list[Tile]:
@@ -31,41 +31,45 @@ def candidates(layout: str, n: int, k: int, m: int) -> list[Tile]:
     return _hopper_candidates(n, k, m) if layout == "hopper" else _triton_candidates(n, k, m)
 
 
-def _splits(n: int, k: int, m: int, block_m: int, block_n: int) -> list[int]:
-    """The three finest cuts of K in equal slices of 4 blocks or more, with 4 programs a multiprocessor or less."""
-    blocks, programs = -(-k // 128), -(-n // block_n) * -(-m // block_m)
+def _splits(n: int, k: int, m: int, block_m: int, block_n: int, blocks: int, waves: tuple[int, ...]) -> list[int]:
+    """Cuts of K that give each multiprocessor so many programs, of at least ``blocks`` K blocks each; or none."""
+    programs = -(-n // block_n) * -(-m // block_m)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
-    fits = [s for s in range(2, 29) if blocks % s == 0 and blocks // s >= 4 and programs * s <= 4 * processors]
-    return [1, *fits][-3:]
+    most = max(1, -(-k // 128) // blocks)
+    return sorted({max(1, min(most, processors * w // programs)) for w in waves})
 
 
 def _small_candidates(m: int) -> list[Tile]:
-    """Tiles of Hopper's kernel for few tokens, with the stages that leave room for three programs, two, or one."""
+    """Tiles of Hopper's kernel for few tokens, with the stages that leave room for two programs or one."""
     block_m = max(8, 1 << (m - 1).bit_length())
     tiles = []
-    for rows, warps in [(16, 8), (32, 8), (32, 16), (64, 8), (64, 16)]:
+    for rows, warps in [(16, 8), (32, 8), (32, 16)] if m <= 32 else [(32, 8)]:
         stage = warps // (rows // 16) * (block_m * 128 + rows * 66)
         sums = 8 * warps * 16 * block_m
-        fits = {min(8, (room - sums) // stage) for room in (72_000, 110_000, 220_000)}
+        fits = {min(8, (room - sums) // stage) for room in (110_000, 220_000)}
         tiles += [Tile(block_m, rows, 1, warps, stages, small=True) for stages in sorted(fits) if stages > 1]
     return tiles
 
 
 def _hopper_candidates(n: int, k: int, m: int) -> list[Tile]:
-    """Forms are (block_m, block_n, warps, stages, depth)."""
+    """Forms are (block_m, block_n, warps, stages, depth, registers); with fewer registers more of them share a
+    multiprocessor."""
     if m > 256:
-        forms = [(128, 128, 4, 3, 1), (128, 128, 8, 5, 2), (256, 128, 8, 3, 2)]
-        return [Tile(f[0], f[1], 1, *f[2:4], group, f[4]) for f in forms for group in (8, 16)]
-    block_m = max(8, min(64, 1 << (m - 1).bit_length()))
+        forms = [(128, 128, 4, 3, 1, 0), (128, 256, 8, 3, 2, 0), (256, 128, 8, 3, 1, 0), (128, 128, 8, 3, 4, 0)]
+        return [Tile(f[0], f[1], 1, *f[2:4], group, *f[4:]) for f in forms for group in (8, 16)]
     if m <= 32:
-        forms = [(block_m, 64, 4, 8, 0), (block_m, 128, 4, 8, 0)]
+        block_m = max(8, 1 << (m - 1).bit_length())
+        forms = [(block_m, 64, 4, 4, 4, 128), (block_m, 128, 8, 4, 4, 128)]
+        waves: tuple[int, ...] = (1, 2, 4)
     elif m <= 64:
-        forms = [(64, 64, 4, 8, 0), (64, 128, 4, 4, 0), (64, 64, 4, 8, 4), (64, 128, 4, 4, 3)]
+        forms = [(64, 64, 4, 3, 4, 168), (64, 64, 4, 4, 2, 128), (64, 128, 8, 4, 2, 128), (64, 128, 4, 3, 4, 0)]
+        waves = (1, 2, 4)
     else:
-        forms = [(64, 64, 4, 4, 0), (64, 128, 4, 4, 0), (64, 64, 4, 4, 4), (64, 128, 4, 4, 3), (128, 64, 4, 4, 4),
-                 (128, 128, 8, 4, 4)]  # fmt: skip
-        forms += [(256, 128, 8, 3, 2)] if m > 128 else []
-    split = [Tile(f[0], f[1], s, *f[2:4], 8, f[4]) for f in forms for s in _splits(n, k, m, f[0], f[1])]
+        forms = [(64, 128, 4, 3, 4, 0), (128, 64, 4, 3, 2, 0), (128, 128, 8, 3, 4, 0), (128, 128, 4, 3, 1, 0),
+                 (128, 256, 8, 3, 2, 0)]  # fmt: skip
+        forms += [(256, 128, 8, 3, 1, 0)] if m > 128 else []
+        waves = (1, 2)
+    split = [Tile(f[0], f[1], s, *f[2:4], 8, *f[4:]) for f in forms for s in _splits(n, k, m, *f[:2], f[4], waves)]
     return split + (_small_candidates(m) if m <= 64 else [])
 
 
@@ -73,7 +77,7 @@ def _triton_candidates(n: int, k: int, m: int) -> list[Tile]:
     if m <= 256:
         block_m = max(16, min(64, 1 << (m - 1).bit_length()))
         forms = [(block_m, rows, 4, stages) for rows in (64, 128) for stages in (3, 5)]
-        return [Tile(bm, bn, split, w, s) for bm, bn, w, s in forms for split in _splits(n, k, m, bm, bn)[:6]]
+        return [Tile(bm, bn, split, w, s) for bm, bn, w, s in forms for split in _splits(n, k, m, bm, bn, 4, (1, 2, 4))]
     return [Tile(bm, 128, 1, warps, stages) for bm, warps in ((64, 4), (128, 8)) for stages in (3, 4)]
 
 
