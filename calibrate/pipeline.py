@@ -136,12 +136,22 @@ def layer_tensors(source: ModelSource, index: int, family: Family, dims: Dims) -
 def calibrate_layer(original: dict[str, torch.Tensor], index: int, calibrator: LayerCalibrator, workspace: Workspace,
                     streams: Streams) -> None:
     """Quantise layer ``index``, unless an earlier run did, and replace the hidden states by its outputs."""
-    builder = calibrator.builder
+    builder, mark = calibrator.builder, fingerprint(original)
     if workspace.has_layer(index):
+        if workspace.load_report(index)["model"] != mark:
+            raise CalibrationError(f"--resume: layer {index} of the model is not what the interrupted run read; "
+                                   f"remove {workspace.partial} to start again.")
         _propagate(builder.build(index, original, builder.dtype), streams.exact)
     else:
-        workspace.save_layer(index, *calibrator.run(index, original, streams))
+        tensors, report = calibrator.run(index, original, streams)
+        workspace.save_layer(index, tensors, report | {"model": mark})
     _propagate(load_quantized(builder, index, workspace.load_layer(index), calibrator.comet), streams.hidden)
+
+
+def fingerprint(tensors: dict[str, torch.Tensor]) -> str:
+    """CRC-32 of up to 4096 values of every tensor, spread evenly: another model of the same shape has another one."""
+    samples = (t.flatten()[:: max(1, t.numel() // 4096)].to(torch.float32) for _, t in sorted(tensors.items()))
+    return fmt.tensor_crc32(torch.cat(list(samples)))
 
 
 def load_quantized(

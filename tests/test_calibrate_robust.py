@@ -110,6 +110,19 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, model, text, whole, wh
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_another_model_is_not_mixed_in(tmp_path, model, text, capsys):
+    """The same embedding and shapes, other layers: a fine-tuned model, say."""
+    out, other = tmp_path / "out", save_tiny(tmp_path / "model", "Qwen2")
+    where = "calibrate.export:save_file", 2, "before"
+    child = FORK.Process(target=run_until, args=(arguments(model, out, text), *where))
+    child.start()
+    child.join()
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"] *= 1.01
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    assert "layer 0 of the model is not what" in refused(capsys, arguments(other, out, text, "--resume"))
+
+
 def test_hidden_states_in_files_change_nothing(tmp_path, model, text, whole):
     out = tmp_path / "out"
     assert main(arguments(model, out, text, "--host-memory", "0.0002", "--gpu-memory", "0")) == 0
