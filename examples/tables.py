@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 GEMM_MODES = ["comet-g128", "comet-g64", "comet-channel", "marlin-w4a16", "machete-w4a16", "cutlass-w8a8-int8",
               "cutlass-fp8"]
-GEMM_ROWS = [1, 16, 64, 256, 1024, 4096]
+GEMM_ROWS = [1, 16, 64, 128, 256, 1024, 4096]
 BASELINE = "bf16"
 
 
@@ -42,10 +42,12 @@ def gemm() -> Iterator[str]:
     for path in sorted(RESULTS.glob("gemm-*.json")):
         found = json.loads(path.read_text())
         time = {(r["mode"], r["layer"], r["m"]): (r["us"], r["us_with_quant"]) for r in found["rows"]
-                if r["model"] == "llama3-8b"}
+                if r["model"] == "llama3-8b" and r["mode"] != "comet-fused"}
         layers = sorted({layer for _, layer, _ in time})
 
         def speed(mode: str, m: int, column: int, time=time, layers=layers) -> str:
+            if any((mode, layer, m) not in time for layer in layers):
+                return "–"
             base = [time["cublas-bf16", layer, m][0] / time[mode, layer, m][column] for layer in layers]
             return f"{geometric_mean(base):.2f}"
 

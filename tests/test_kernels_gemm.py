@@ -52,6 +52,7 @@ def check(gemm, layout, m, n, k, split, group_size, tile, bias=True, dtype=torch
     integers = ck.integer_weight(packed, groups, group_size)
     expected = w4ax_gemm_ref(codes[:, :k], act_scales, integers, scale, split, b, dtype)
     for _ in range(2):
+        torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)  # freed at once: the output takes its memory
         y = gemm(codes, act_scales, weight, scale, b, dtype, tile)
         assert y.shape == (m, n) and y.dtype == dtype
         wrong = int((y != expected).sum())
@@ -119,10 +120,10 @@ def test_fuzz_triton():
 
 
 HOPPER_TILES = [
-    Tile(8, 64, 4, 4, 8), Tile(16, 64, 3, 4, 4), Tile(16, 128, 2, 4, 16), Tile(32, 64, 5, 4, 4), Tile(64, 64, 2, 4, 4),
-    Tile(64, 128, 1, 8, 6), Tile(64, 64, 2, 4, 4, depth=4), Tile(128, 64, 3, 4, 3, depth=4),
-    Tile(128, 128, 1, 8, 4, depth=3), Tile(256, 128, 1, 8, 3, depth=2), Tile(256, 64, 2, 4, 3, depth=2),
-    Tile(128, 128, 2, 4, 3, depth=1),
+    Tile(8, 64, 4, 4, 4, depth=4, registers=128), Tile(16, 64, 3, 4, 4), Tile(16, 128, 2, 8, 2, depth=8),
+    Tile(32, 64, 5, 4, 4, depth=2), Tile(64, 64, 2, 4, 3, depth=4, registers=168), Tile(64, 128, 3, 4, 3, depth=4),
+    Tile(64, 128, 1, 8, 4, depth=2, registers=128), Tile(128, 64, 4, 4, 3, depth=2), Tile(128, 128, 1, 8, 3, depth=4),
+    Tile(128, 128, 1, 4, 3), Tile(256, 128, 1, 8, 3), Tile(128, 128, 2, 4, 3),
 ]  # fmt: skip
 
 
@@ -131,7 +132,7 @@ HOPPER_TILES = [
 def test_fuzz_hopper(tile):
     from vllm_comet.kernels.w4ax_gemm_hopper import w4ax_gemm_hopper
 
-    for m, n, k, split, group_size, rng in fuzz_cases(10, tile.block_m * tile.block_n + tile.warps):
+    for m, n, k, split, group_size, rng in fuzz_cases(6, tile.block_m * tile.block_n + tile.warps):
         dtype = rng.choice([torch.bfloat16, torch.float16, torch.float32])
         check(w4ax_gemm_hopper, "hopper", m, n, k, split, group_size, tile, rng.random() < 0.5, dtype)
     check(w4ax_gemm_hopper, "hopper", 9, 192, 1024, 512, 128, tile, extreme=True)
@@ -147,7 +148,7 @@ SMALL_TILES = [Tile(8, 16, 1, 8, 4, small=True), Tile(8, 32, 1, 8, 8, small=True
 def test_fuzz_hopper_small(tile):
     from vllm_comet.kernels.w4ax_gemm_hopper_small import w4ax_gemm_hopper_small
 
-    for m, n, k, split, group_size, rng in fuzz_cases(12, tile.block_m * tile.block_n + tile.warps):
+    for m, n, k, split, group_size, rng in fuzz_cases(6, tile.block_m * tile.block_n + tile.warps):
         dtype = rng.choice([torch.bfloat16, torch.float16, torch.float32])
         check(w4ax_gemm_hopper_small, "hopper", m, n, k, split, group_size, tile, rng.random() < 0.5, dtype)
     check(w4ax_gemm_hopper_small, "hopper", 5, 192, 1024, 384, -1, tile, extreme=True)
@@ -158,9 +159,9 @@ def test_hopper_refuses_tiles():
     from vllm_comet.kernels.w4ax_gemm_hopper import constants
 
     with pytest.raises(ValueError, match="shared memory"):
-        constants(Tile(256, 128, 1, 8, 8, depth=2), 32, 1, 128, True)
+        constants(Tile(256, 128, 1, 8, 4, depth=2), 1, 128, True)
     with pytest.raises(ValueError, match="block_n"):
-        constants(Tile(128, 256, 1, 8, 3), 32, 1, 128, True)
+        constants(Tile(128, 256, 1, 8, 3), 1, 128, True)
 
 
 # ----------------------------------------------------------------------------------------------------------- custom ops

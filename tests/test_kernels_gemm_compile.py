@@ -17,14 +17,15 @@ BLOCKS = 32
 GEMM_TAIL = {"as_ptr": "*fp32", "c_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
 
 
-def build(kernel, arguments, constants, capability, warps, stages=3, source=ASTSource):
+def build(kernel, arguments, constants, capability, warps, stages=3, source=ASTSource, **options):
     """Compile ``kernel`` with ``arguments`` (name → type) and ``constants``; every pointer and N 16-byte aligned."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else arguments[name] for name in names}
-    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ("N", "n_pad", "k_pad")]
+    multiples = ("N", "n_pad", "n_pairs", "k_pad")
+    aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in multiples]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     positions = {(names.index(name),): value for name, value in constants.items()}
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    options |= {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source(kernel, signature, positions, attributes), target=target, options=options)
 
@@ -67,22 +68,21 @@ def gluon():
 
 
 @pytest.mark.parametrize("tile,group_size", [
-    (Tile(8, 64, 4, 4, 8), 128), (Tile(64, 64, 2, 4, 4, depth=4), 64), (Tile(256, 128, 1, 8, 3, depth=2), 128),
-    (Tile(128, 128, 1, 4, 3, depth=1), -1),
+    (Tile(8, 64, 4, 4, 4, depth=4, registers=128), 128), (Tile(64, 64, 2, 4, 3, depth=4, registers=168), 64),
+    (Tile(256, 128, 1, 8, 3), 128), (Tile(128, 128, 1, 4, 3), -1),
 ])  # fmt: skip
 def test_hopper_gemm(tile, group_size):
     source, tensor_map = gluon()
     from vllm_comet.kernels import w4ax_gemm_hopper as hopper
 
-    constants = {**hopper.constants(tile, BLOCKS, tile.split, group_size, True), "BIAS": True}
-    rows = constants["R"]
-    arguments = {"x_desc": tensor_map("i8", (tile.block_m, 128), 128, 8), "partial_ptr": "*i32", "counter_ptr": "*i32",
-                 "w": "*i32" if tile.depth else tensor_map("i32", (rows, 4, 256), 0, 32),
-                 "g": "*u8" if tile.depth else tensor_map("u8", (max(64 * rows, 128),), 0, 8),
-                 **dict.fromkeys(("M", "N", "n_pad", "blocks_k", "low_blocks"), "i32"), **GEMM_TAIL}  # fmt: skip
+    constants = {**hopper.constants(tile, tile.split, group_size, True), "BIAS": True}
+    arguments = {"x_desc": tensor_map("i8", (tile.depth, tile.block_m, 128), 128, 8), "w_ptr": "*i32", "g_ptr": "*i16",
+                 "partial_ptr": "*i32", "counter_ptr": "*i32", **GEMM_TAIL,
+                 **dict.fromkeys(("M", "N", "n_pairs", "blocks_k", "low_blocks", "total_steps"), "i32")}  # fmt: skip
     if group_size == -1:
-        constants["g"] = None
-    compiled = build(hopper._w4ax_kernel, arguments, constants, 90, tile.warps, source=source)
+        constants["g_ptr"] = None
+    compiled = build(hopper._w4ax_kernel, arguments, constants, 90, tile.warps, source=source,
+                     maxnreg=tile.registers or None)
     assert "wgmma.mma_async" in compiled.asm["ptx"] and compiled.asm["cubin"]
 
 

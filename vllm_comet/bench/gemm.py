@@ -147,12 +147,14 @@ def run(
     """All rows, and why which mode is missing. ``save`` gets both after every M, so that a run that is cut short leaves
     what it measured.
 
-    Ours and cuBLAS come first, vLLM's kernels after them: a fault of one of those must not cost the rest.
+    Ours and cuBLAS come first, then vLLM's kernels, then those that are compiled when called: neither a fault nor the
+    time of one of these must cost the rest.
     """
     rows: list[dict[str, Any]] = []
     left_out: dict[str, str] = {}
     own = [mode for mode in modes if mode in (BASELINE, "cublas-fp8", *problems.MODES)]
-    for phase in (own, [mode for mode in modes if mode not in own]):
+    late = [mode for mode in modes if mode.startswith("humming")]
+    for phase in (own, [mode for mode in modes if mode not in own + late], late):
         for m in ms if phase else []:
             for model, layer, n, k in layers_of(models):
                 measured = measure_all([mode for mode in phase if mode not in left_out], n, k, m, high_share, left_out)

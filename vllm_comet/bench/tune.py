@@ -55,7 +55,7 @@ def _hopper_candidates(n: int, k: int, m: int) -> list[Tile]:
     """Forms are (block_m, block_n, warps, stages, depth, registers); with fewer registers more of them share a
     multiprocessor."""
     if m > 256:
-        forms = [(128, 128, 4, 3, 1, 0), (128, 256, 8, 3, 2, 0), (256, 128, 8, 3, 1, 0), (128, 128, 8, 3, 4, 0)]
+        forms = [(128, 128, 4, 3, 1, 0), (256, 128, 8, 3, 1, 0), (128, 128, 8, 3, 4, 0)]
         return [Tile(f[0], f[1], 1, *f[2:4], group, *f[4:]) for f in forms for group in (8, 16)]
     if m <= 32:
         block_m = max(8, 1 << (m - 1).bit_length())
@@ -65,8 +65,7 @@ def _hopper_candidates(n: int, k: int, m: int) -> list[Tile]:
         forms = [(64, 64, 4, 3, 4, 168), (64, 64, 4, 4, 2, 128), (64, 128, 8, 4, 2, 128), (64, 128, 4, 3, 4, 0)]
         waves = (1, 2, 4)
     else:
-        forms = [(64, 128, 4, 3, 4, 0), (128, 64, 4, 3, 2, 0), (128, 128, 8, 3, 4, 0), (128, 128, 4, 3, 1, 0),
-                 (128, 256, 8, 3, 2, 0)]  # fmt: skip
+        forms = [(64, 128, 4, 3, 4, 0), (128, 64, 4, 3, 2, 0), (128, 128, 8, 3, 4, 0), (128, 128, 4, 3, 1, 0)]
         forms += [(256, 128, 8, 3, 1, 0)] if m > 128 else []
         waves = (1, 2)
     split = [Tile(f[0], f[1], s, *f[2:4], 8, *f[4:]) for f in forms for s in _splits(n, k, m, *f[:2], f[4], waves)]

@@ -30,8 +30,9 @@ class Tile:
 
     block_m tokens × block_n weight rows, K cut in ``split`` slices (0: as many as fill the multiprocessors), ``warps``,
     ``stages`` of prefetched K blocks, ``group_n`` weight tiles that run side by side over the same tokens. On
-    Hopper, ``depth`` weight blocks wait in registers (0: in the stages, with the activations); ``small``
-    picks Hopper's kernel for few tokens, which shares K out among a program's warps and has no ``split``.
+    Hopper, a stage has ``depth`` K blocks, whose weights wait in registers; a thread has at most ``registers`` of them
+    (0: no limit), which lets more programs share a multiprocessor; ``small`` picks the kernel for few tokens, which
+    shares K out among a program's warps and knows neither ``split`` nor ``depth``.
     """
 
     block_m: int
@@ -40,7 +41,8 @@ class Tile:
     warps: int
     stages: int
     group_n: int = 8
-    depth: int = 0
+    depth: int = 1
+    registers: int = 0
     small: bool = False
 
     def to_dict(self) -> dict[str, int | bool]:

@@ -60,7 +60,8 @@ class KernelWeight:
     """A weight ``[N, K]`` in the layout of its kernel.
 
     packed: int32 ``[tiles, ceil(K/128), 1024]``, tiles of 64 rows × 128 channels; an even number of them.
-    group_scale: uint8 ``[ceil(K/128) · 128/group_size, 64·tiles]``, or None for group_size −1.
+    group_scale: uint8 ``[ceil(K/128) · 128/group_size, 64·tiles]``, or None for group_size −1; in layout ``hopper``
+        with rows i and i + 8 of each 16 side by side, since a thread needs both.
     counters: int32, all zero between launches; kernels with split-K count arrivals in them.
     layout: ``triton`` (a row of a tile is 64 consecutive bytes) or ``hopper`` (wgmma register order).
     """
@@ -108,8 +109,8 @@ def pack_weight(
         rows = weight_packed[first * TILE_ROWS : (first + step) * TILE_ROWS]
         packed[first : first + step] = _pack_tiles(rows, group_size, layout)
     counters = torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=packed.device)
-    return KernelWeight(packed, _pack_group_scale(weight_group_scale, n, k, group_size), counters, n, k, group_size,
-                        split, layout)
+    scales = _pack_group_scale(weight_group_scale, n, k, group_size, layout)
+    return KernelWeight(packed, scales, counters, n, k, group_size, split, layout)
 
 
 def padded_rows(n: int) -> int:
@@ -144,16 +145,23 @@ def unpack_tiles(weight: KernelWeight) -> torch.Tensor:
     q = nibbles.permute(0, 2, 1, 3, 4).reshape(tiles * TILE_ROWS, blocks * BLOCK)[: weight.n, : weight.k]
     if weight.group_scale is None:
         return ((q ^ 8).to(torch.int16) - 8).mul(16).to(torch.int8)
-    g = weight.group_scale.T[: weight.n].to(torch.int16).repeat_interleave(weight.group_size, dim=1)[:, : weight.k]
+    g = weight.group_scale
+    if weight.layout == "hopper":
+        g = g.view(g.shape[0], -1, 8, 2).transpose(2, 3).reshape(g.shape)
+    g = g.T[: weight.n].to(torch.int16).repeat_interleave(weight.group_size, dim=1)[:, : weight.k]
     return ((q.to(torch.int16) - 8) * g).to(torch.int8)
 
 
-def _pack_group_scale(scale: torch.Tensor | None, n: int, k: int, group_size: int) -> torch.Tensor | None:
+def _pack_group_scale(
+    scale: torch.Tensor | None, n: int, k: int, group_size: int, layout: str
+) -> torch.Tensor | None:
     if scale is None:
         return None
     groups, rows = num_blocks(k) * BLOCK // group_size, padded_rows(n)
     out = scale.new_ones(groups, rows)
     out[: scale.shape[1], :n] = scale.T
+    if layout == "hopper":
+        out = out.view(groups, rows // 16, 2, 8).transpose(2, 3).reshape(groups, rows)
     return out
 
 

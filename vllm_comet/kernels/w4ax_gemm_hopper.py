@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The W4Ax GEMM for Hopper, in Gluon: wgmma with W in registers, everything else through bulk tensor copies.
+"""The W4Ax GEMM for Hopper, in Gluon: wgmma with W in registers, activations through bulk tensor copies.
 
 Import it only where ``hopper_kernel_supported``; it needs a Triton that has Gluon (3.6 or later).
 
-A program owns 64·R weight rows × BM tokens of one slice of K. Weights, group scales and activations of STAGES blocks
-of 128 channels are in flight at a time; large tiles hold the weights in registers instead, ``Tile.depth`` blocks ahead.
-Weights lie in wgmma register order, so a thread reads 16 consecutive bytes and unpacks them into its fragment of A; no
-data moves between threads. While one half block (64 channels) is multiplied, the next is unpacked.
+A program owns 64·R weight rows × BM tokens of one slice of K, which it walks in steps of ``depth`` blocks of 128
+channels. Weights and group scales go from global memory straight to registers, a step ahead: they lie in wgmma register
+order, so a thread reads 16 consecutive bytes and unpacks them into its fragment of A, and they don't compete for shared
+memory with the activations that wgmma reads there. Activations arrive a step per copy, STAGES − 1 steps ahead; long
+steps amortise the barriers around a copy. While one half block (64 channels) is multiplied, the next is unpacked.
 
-Weights don't depend on the kernel before, so with programmatic dependent launch their first stages are fetched while
+Where the two activation segments meet inside a step, that step is done once for each, with the other's weights as zero.
+
+Weights don't depend on the kernel before, so with programmatic dependent launch the first of them are fetched while
 that kernel still runs; only then does the program wait for its activations.
 """
 
@@ -26,9 +29,23 @@ from vllm_comet.checkpoint import BLOCK
 from vllm_comet.kernels.tiles import Tile
 from vllm_comet.kernels.w4ax_gemm import PAD_ROWS, TILE_ROWS, KernelWeight, split_k
 
-# Two names changed between Triton 3.6 and 3.9.
+# Three names changed between Triton 3.6 and 3.9.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 cta_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):
+
+    @gluon.jit
+    def _blocks_of(ring, COUNT: gl.constexpr, BM: gl.constexpr):
+        """Ring of stages ``[STAGES, depth, BM, 128]`` as ``[COUNT, BM, 128]``."""
+        return ring.reinterpret(gl.int8, [COUNT, BM, 128], gl.NVMMASharedLayout(128, 8, rank=2))
+
+else:
+
+    @gluon.jit
+    def _blocks_of(ring, COUNT: gl.constexpr, BM: gl.constexpr):
+        """Ring of stages ``[STAGES, depth, BM, 128]`` as ``[COUNT, BM, 128]``."""
+        return ring._reinterpret(gl.int8, [COUNT, BM, 128], gl.NVMMASharedLayout(128, 8, rank=2))
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts
@@ -38,10 +55,15 @@ def _mma_layout(BM, WARPS):
 
 
 @gluon.constexpr_function
+def _tile_bits(R):
+    """Bits of the index of a program's tiles of 64 rows; a second warp group takes the odd tiles."""
+    return [1 << i for i in range(R.bit_length() - 1)]
+
+
+@gluon.constexpr_function
 def _words_layout(R, WARPS):
     """Who reads which of a block's weight words ``[R, 4, 256]``: 4 consecutive words a lane, 64 rows a warp group."""
-    rows = [[1 << i, 0, 0] for i in range(R.bit_length() - 1)]
-    groups = WARPS // 8  # a second warp group takes the odd tiles of 64 rows
+    rows, groups = [[b, 0, 0] for b in _tile_bits(R)], WARPS // 8
     return gl.DistributedLinearLayout(
         reg_bases=[[0, 0, 1], [0, 0, 2], [0, 2, 0], *rows[groups:]],
         lane_bases=[[0, 0, 4 << i] for i in range(5)],
@@ -52,9 +74,16 @@ def _words_layout(R, WARPS):
 
 
 @gluon.constexpr_function
-def _scale_line(R):
-    """Scales fetched for a half block: 64·R, but a bulk copy's target must be 128-byte aligned."""
-    return max(64 * R, 128)
+def _pairs_layout(R, WARPS):
+    """Who reads which of a group's scale pairs ``[R, 32]``: those of the two rows that a thread has of a tile."""
+    rows, groups = [[b, 0] for b in _tile_bits(R)], WARPS // 8
+    return gl.DistributedLinearLayout(
+        reg_bases=rows[groups:],
+        lane_bases=[[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]],
+        warp_bases=[[0, 8], [0, 16], *rows[:groups]],
+        block_bases=[],
+        shape=[R, 32],
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ unpacking
@@ -65,6 +94,14 @@ def _fragment(words, R: gl.constexpr, dot: gl.constexpr):
     # [tile, 32-channel step, warp, row, quad, k half, row half, (4 channels)]
     words = words.reshape([R, 2, 4, 8, 4, 2, 2, 4]).permute([0, 2, 6, 3, 1, 5, 4, 7])
     return gl.convert_layout(words.reshape([64 * R, 64]), dot, assert_trivial=True)
+
+
+@gluon.jit
+def _row_scales(pairs, R: gl.constexpr, dot: gl.constexpr):
+    """int16 pairs ``[R, 32]`` → int32 ``[64·R]``, the scales of the rows of a thread's A fragment."""
+    pairs = pairs.to(gl.int32)
+    scales = gl.join(pairs & 255, (pairs >> 8) & 255).reshape([R, 4, 8, 2]).permute([0, 1, 3, 2])
+    return gl.convert_layout(scales.reshape([64 * R]), gl.SliceLayout(1, dot), assert_trivial=True)
 
 
 @gluon.jit
@@ -85,283 +122,244 @@ def unpack(words, scale, HIGH: gl.constexpr, GROUPS: gl.constexpr):
 
 # ------------------------------------------------------------------------------------------------------------- pipeline
 @gluon.jit
-def _fetch_weights(w_desc, g_desc, w_ring, g_ring, w_full, g_full, slot, tile_n, block, n_pad, pred,
-                   R: gl.constexpr, GROUPS: gl.constexpr):  # fmt: skip
-    """Start copying weights and group scales of ``block`` into stage ``slot``."""
-    mbarrier.expect(w_full.index(slot), R * 4096, pred=pred)
-    if GROUPS > 0:
-        mbarrier.expect(g_full.index(slot), GROUPS * _scale_line(R), pred=pred)
-    tma_load(w_desc, [tile_n * R, block * 4, 0], w_full.index(slot), w_ring.index(slot), pred=pred)
-    for half in gl.static_range(GROUPS):
-        row = (block * GROUPS + half) * n_pad + tile_n * (64 * R)
-        tma_load(g_desc, [row], g_full.index(slot), g_ring.index(slot * GROUPS + half), pred=pred)
+def _first_block(step, plan, DEPTH: gl.constexpr):
+    """First K block of a step, and whether the step is of the low segment.
+
+    plan: (steps of the low segment, its blocks, all blocks). The high segment's steps begin with the block that holds
+    the boundary.
+    """
+    low_steps, low_blocks, _ = plan
+    is_low = step < low_steps
+    return gl.where(is_low, step, step - low_steps + low_blocks // DEPTH) * DEPTH, is_low
 
 
 @gluon.jit
-def _dot_blocks(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, g_full, first, end, blocks,
-                block0, tile_m, tile_n, n_pad, R: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr,
-                STAGES: gl.constexpr, GROUPS: gl.constexpr, REFILL: gl.constexpr):  # fmt: skip
-    """Integer sum over blocks ``first .. end`` (of ``blocks``, counted from ``block0``): int32 ``[64·R, BM]``."""
+def _load_block(weights, tile_n, step, i: gl.constexpr, plan, pred,
+                R: gl.constexpr, DEPTH: gl.constexpr, GROUPS: gl.constexpr):  # fmt: skip
+    """Weight words and both halves' scale pairs of block ``i`` of a step; weights of zero if it has no such block."""
+    w_ptr, g_ptr, words_at, pairs_at, n_pairs = weights
+    _, low_blocks, blocks = plan
+    block, is_low = _first_block(step, plan, DEPTH)
+    block += i
+    pred = pred & (block < blocks) & ((block < low_blocks) == is_low)
+    w_ptr += tile_n.to(gl.int64) * (R * 1024) * blocks + block * 1024
+    words = gl.load(w_ptr + words_at, mask=pred, other=0, cache_modifier=".cg")
+    g_low = words
+    g_high = words
+    if GROUPS > 0:
+        g_ptr += (block * GROUPS).to(gl.int64) * n_pairs + tile_n * (32 * R)
+        g_low = gl.load(g_ptr + pairs_at, mask=pred, other=0)
+        g_high = g_low
+        if GROUPS > 1:
+            g_high = gl.load(g_ptr + n_pairs + pairs_at, mask=pred, other=0)
+    return words, g_low, g_high
+
+
+@gluon.jit
+def _fetch_activations(pipe, turn, tile_m, step, plan, pred,
+                       BM: gl.constexpr, DEPTH: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Start copying the activations of a step, the program's ``turn``-th."""
+    x_desc, ring, full = pipe
+    slot = turn % STAGES
+    block, _ = _first_block(step, plan, DEPTH)
+    mbarrier.expect(full.index(slot), DEPTH * BM * 128, pred=pred)
+    tma_load(x_desc, [block, tile_m * BM, 0], full.index(slot), ring.index(slot), pred=pred)
+
+
+@gluon.jit
+def _dot_steps(pipe, weights, queue, tile_m, tile_n, first, begin, end, last, plan, R: gl.constexpr, BM: gl.constexpr,
+               WARPS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, GROUPS: gl.constexpr):  # fmt: skip
+    """Integer sum over steps ``begin .. end`` of the program's ``first .. last``: int32 ``[64·R, BM]``.
+
+    queue: the blocks of step ``begin`` as ``_load_block`` gives them; those of ``end`` are returned beside the sum.
+    """
     mma: gl.constexpr = _mma_layout(BM, WARPS)
     dot: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
+    _, ring, full = pipe
+    x_blocks = _blocks_of(ring, STAGES * DEPTH, BM)
     acc = gl.zeros([64 * R, BM], gl.int32, mma)
-    for i in range(first, end):
-        slot = i % STAGES
-        phase = (i // STAGES) & 1
-        mbarrier.wait(w_full.index(slot), phase)
-        words = _fragment(w_ring.index(slot).load(_words_layout(R, WARPS)), R, dot)
-        g_low = words
-        g_high = words
-        if GROUPS > 0:
-            mbarrier.wait(g_full.index(slot), phase)
-            g_low = g_ring.index(slot * GROUPS).slice(0, 64 * R).load(gl.SliceLayout(1, dot))
-            g_high = g_low
-        if GROUPS > 1:
-            g_high = g_ring.index(slot * GROUPS + 1).slice(0, 64 * R).load(gl.SliceLayout(1, dot))
-        x = x_ring.index(slot).permute([1, 0])
-        low = unpack(words, g_low, False, GROUPS)
-        mbarrier.wait(x_full.index(slot), phase)
-        acc = warpgroup_mma(low, x.slice(0, 64, dim=0), acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=[acc])
-        high = unpack(words, g_high, True, GROUPS)
-        if REFILL:  # every warp is done with block i − 1 here: its stage takes block i − 1 + STAGES
-            cta_barrier()
-            refill = (i >= 1) & (i - 1 + STAGES < blocks)
-            free, block = (i + STAGES - 1) % STAGES, block0 + i - 1 + STAGES
-            mbarrier.expect(x_full.index(free), BM * 128, pred=refill)
-            _fetch_weights(w_desc, g_desc, w_ring, g_ring, w_full, g_full, free, tile_n, block, n_pad, refill, R,
-                           GROUPS)
-            tma_load(x_desc, [tile_m * BM, block * 128], x_full.index(free), x_ring.index(free), pred=refill)
-        acc = warpgroup_mma(high, x.slice(64, 64, dim=0), acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=[acc])
-    return warpgroup_mma_wait(0, deps=[acc])
+    for step in range(begin, end):
+        turn = step - first
+        slot = turn % STAGES
+        mbarrier.wait(full.index(slot), (turn // STAGES) & 1)
+        for i in gl.static_range(DEPTH):
+            words, g_low, g_high = queue[i]
+            words = _fragment(words, R, dot)
+            if GROUPS > 0:
+                g_low = _row_scales(g_low, R, dot)
+                g_high = _row_scales(g_high, R, dot) if GROUPS > 1 else g_low
+            x = x_blocks.index(slot * DEPTH + i).permute([1, 0])
+            low = unpack(words, g_low, False, GROUPS)
+            acc = warpgroup_mma(low, x.slice(0, 64, dim=0), acc, is_async=True)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+            high = unpack(words, g_high, True, GROUPS)
+            block = _load_block(weights, tile_n, step + 1, i, plan, step + 1 < last, R, DEPTH, GROUPS)
+            queue = queue[:i] + (block,) + queue[i + 1 :]
+            acc = warpgroup_mma(high, x.slice(64, 64, dim=0), acc, is_async=True)
+            if i == 0:  # every warp is done with the step before, so its stage is free
+                cta_barrier()
+                ahead = step + STAGES - 1
+                _fetch_activations(pipe, turn + STAGES - 1, tile_m, ahead, plan, (turn >= 1) & (ahead < last), BM,
+                                   DEPTH, STAGES)
+            acc = warpgroup_mma_wait(1, deps=[acc])
+    return warpgroup_mma_wait(0, deps=[acc]), queue
 
 
+# --------------------------------------------------------------------------------------------------------------- output
 @gluon.jit
 def _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N,
-                  BM: gl.constexpr, WARPS: gl.constexpr, TWO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+                  WARPS: gl.constexpr, TWO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
     y = low.to(gl.float32) * gl.expand_dims(gl.load(as_ptr + rm * 2, mask=rm < M, other=0.0), 0)
     if TWO:
         y += high.to(gl.float32) * gl.expand_dims(gl.load(as_ptr + rm * 2 + 1, mask=rm < M, other=0.0), 0)
     y *= gl.expand_dims(gl.load(c_ptr + rn, mask=rn < N, other=0.0), 1)
     if BIAS:
         y += gl.expand_dims(gl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(gl.float32), 1)
-    y = y.to(y_ptr.dtype.element_ty)
-    if BM >= 64:  # through shared memory, for 16-byte stores along N
-        coalesced: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
-        y = gl.convert_layout(y, coalesced)
-        rn = gl.convert_layout(rn, gl.SliceLayout(1, coalesced))
-        rm = gl.convert_layout(rm, gl.SliceLayout(0, coalesced))
+    # through shared memory, for 16-byte stores along N
+    coalesced: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
+    y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), coalesced)
+    rn = gl.convert_layout(rn, gl.SliceLayout(1, coalesced))
+    rm = gl.convert_layout(rm, gl.SliceLayout(0, coalesced))
     offset = gl.expand_dims(rm.to(gl.int64) * N, 0) + gl.expand_dims(rn, 1)
     gl.store(y_ptr + offset, y, mask=gl.expand_dims(rm < M, 0) & gl.expand_dims(rn < N, 1))
 
 
 @gluon.jit
-def _load_block(w_ptr, g_ptr, words_at, scales_at, block, n_pad, pred, GROUPS: gl.constexpr):
-    """Weight words and both halves' scales of ``block``, straight into registers (``w_ptr`` at the program's rows)."""
-    words = gl.load(w_ptr + words_at + block * 1024, mask=pred, other=0, cache_modifier=".cg")
-    g_low = words
-    g_high = words
-    if GROUPS > 0:
-        g_low = gl.load(g_ptr + scales_at + (block * GROUPS) * n_pad, mask=pred, other=0).to(gl.int32)
-        g_high = g_low
-    if GROUPS > 1:
-        g_high = gl.load(g_ptr + scales_at + (block * GROUPS + 1) * n_pad, mask=pred, other=0).to(gl.int32)
-    return words, g_low, g_high
+def _flat(acc):
+    """Sum ``[BN, BM]`` as a vector in which a thread's four neighbouring registers are consecutive; no data moves."""
+    BN: gl.constexpr = acc.shape[0]
+    BM: gl.constexpr = acc.shape[1]
+    return acc.reshape([BN // 16, 2, 8, BM // 8, 4, 2]).permute([0, 3, 2, 4, 1, 5]).reshape([BN * BM])
 
 
 @gluon.jit
-def _dot_blocks_direct(x_desc, x_ring, x_full, w_ptr, g_ptr, words_at, scales_at, queue, first, end, blocks, block0,
-                       tile_m, n_pad, R: gl.constexpr, BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
-                       GROUPS: gl.constexpr, DEPTH: gl.constexpr, REFILL: gl.constexpr):  # fmt: skip
-    """As ``_dot_blocks``, weights loaded DEPTH blocks ahead into registers: ``queue`` holds blocks ``first`` and on, as
-    ``_load_block`` gives them. Returns the sum and the queue for ``end``."""
-    mma: gl.constexpr = _mma_layout(BM, WARPS)
-    dot: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
-    acc = gl.zeros([64 * R, BM], gl.int32, mma)
-    for i in range(first, end):
-        slot = i % STAGES
-        words, g_low, g_high = queue[0]
-        fragment = _fragment(words, R, dot)
-        low = unpack(fragment, g_low, False, GROUPS)
-        mbarrier.wait(x_full.index(slot), (i // STAGES) & 1)
-        x = x_ring.index(slot).permute([1, 0])
-        acc = warpgroup_mma(low, x.slice(0, 64, dim=0), acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=[acc])
-        high = unpack(fragment, g_high, True, GROUPS)
-        ahead = i + DEPTH
-        queue = queue[1:] + (_load_block(w_ptr, g_ptr, words_at, scales_at, block0 + ahead, n_pad, ahead < blocks,
-                                         GROUPS),)
-        if REFILL:
-            cta_barrier()
-            refill = (i >= 1) & (i - 1 + STAGES < blocks)
-            free, block = (i + STAGES - 1) % STAGES, block0 + i - 1 + STAGES
-            mbarrier.expect(x_full.index(free), BM * 128, pred=refill)
-            tma_load(x_desc, [tile_m * BM, block * 128], x_full.index(free), x_ring.index(free), pred=refill)
-        acc = warpgroup_mma(high, x.slice(64, 64, dim=0), acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=[acc])
-    return warpgroup_mma_wait(0, deps=[acc]), queue
+def _unflat(flat, BN: gl.constexpr, BM: gl.constexpr, mma: gl.constexpr):
+    acc = flat.reshape([BN // 16, BM // 8, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5]).reshape([BN, BM])
+    return gl.convert_layout(acc, mma, assert_trivial=True)
 
 
 @gluon.jit
-def _add_slots(total, slots, cell, first, end, skip, SPLIT: gl.constexpr):
+def _add_slots(total, slots, cell, first, end, skip, WARPS: gl.constexpr):
     """``total`` plus the sums in slots ``first .. end`` except ``skip``."""
-    for slot in gl.static_range(SPLIT):
-        wanted = (slot >= first) & (slot < end) & (slot != skip)
-        at = slots + slot * (total.shape[0] * total.shape[1]) + cell
-        if total.numel <= 64 * 16:  # few registers: all loads at once
-            total += gl.load(at, mask=(cell >= 0) & wanted, other=0, cache_modifier=".cg")
-        else:
-            if wanted:
-                total += gl.load(at, cache_modifier=".cg")
+    AT_ONCE: gl.constexpr = max(1, 64 * 32 * WARPS // total.shape[0])  # loads for 64 registers in flight
+    for base in range(first, end, AT_ONCE):
+        for i in gl.static_range(AT_ONCE):
+            slot = base + i
+            wanted = (cell >= 0) & (slot < end) & (slot != skip)
+            total += gl.load(slots + slot * total.shape[0] + cell, mask=wanted, other=0, cache_modifier=".cg")
     return total
 
 
-@gluon.jit(do_not_specialize=["M", "blocks_k", "low_blocks"])
-def _w4ax_kernel(x_desc, w, g, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, n_pad, blocks_k,
-                 low_blocks, R: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr, GROUP_N: gl.constexpr,
-                 WARPS: gl.constexpr, STAGES: gl.constexpr, GROUPS: gl.constexpr, REFILL: gl.constexpr,
-                 DEPTH: gl.constexpr, TWO: gl.constexpr, STASH: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
-    """``w`` and ``g`` are tensor maps, or pointers if DEPTH."""
+# --------------------------------------------------------------------------------------------------------------- kernel
+@gluon.jit
+def _tile_at(index, tiles_m, tiles_n, GROUP_N: gl.constexpr):
+    """Token tile and row tile of output tile ``index``: GROUP_N row tiles share the activations that L2 holds."""
+    group = index // (GROUP_N * tiles_m)
+    width = gl.minimum(tiles_n - group * GROUP_N, GROUP_N)
+    inside = index - group * GROUP_N * tiles_m
+    return inside // width, group * GROUP_N + inside % width
+
+
+@gluon.jit(do_not_specialize=["M", "blocks_k", "low_blocks", "total_steps"])
+def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, n_pairs,
+                 blocks_k, low_blocks, total_steps, R: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr,
+                 GROUP_N: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
+                 GROUPS: gl.constexpr, TWO: gl.constexpr, STASH: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+    """Program (tile, slice of K); SPLIT says whether there is more than one slice."""
     BN: gl.constexpr = 64 * R
     mma: gl.constexpr = _mma_layout(BM, WARPS)
     tile, piece = gl.program_id(0), gl.program_id(1)
-    tiles_m, tiles_n = gl.cdiv(M, BM), gl.cdiv(N, BN)
-    group = tile // (GROUP_N * tiles_m)  # GROUP_N column tiles share the activations that L2 holds
-    width = gl.minimum(tiles_n - group * GROUP_N, GROUP_N)
-    inside = tile - group * GROUP_N * tiles_m
-    tile_n, tile_m = group * GROUP_N + inside % width, inside // width
-    per_piece = gl.cdiv(blocks_k, SPLIT)
-    block0 = piece * per_piece
-    blocks = gl.minimum(per_piece, blocks_k - block0)
-    middle = gl.minimum(gl.maximum(low_blocks - block0, 0), blocks)
+    tile_m, tile_n = _tile_at(tile, gl.cdiv(M, BM), gl.cdiv(N, BN), GROUP_N)
+    low_steps = gl.cdiv(low_blocks, DEPTH)
+    plan = (low_steps, low_blocks, blocks_k)
+    pieces = gl.num_programs(1)
+    per_piece = gl.cdiv(total_steps, pieces)
+    first = piece * per_piece
+    last = gl.minimum(first + per_piece, total_steps)
+    middle = gl.minimum(gl.maximum(low_steps, first), last)
 
-    x_ring = gl.allocate_shared_memory(gl.int8, [STAGES, BM, 128], x_desc.layout)
-    x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ring = gl.allocate_shared_memory(gl.int8, [STAGES, DEPTH, BM, 128], x_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
-        mbarrier.init(x_full.index(slot), count=1)
-    if DEPTH > 0:
-        layout: gl.constexpr = _words_layout(R, WARPS)
-        row = gl.arange(0, R, layout=gl.SliceLayout(1, gl.SliceLayout(2, layout)))
-        quarter = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, layout)))
-        word = gl.arange(0, 256, layout=gl.SliceLayout(0, gl.SliceLayout(1, layout)))
-        words_at = row[:, None, None] * (blocks_k * 1024) + quarter[None, :, None] * 256 + word[None, None, :]
-        w += (tile_n * R).to(gl.int64) * (blocks_k * 1024)
-        scales_at = w
-        if GROUPS > 0:
-            scales_at = gl.arange(0, BN, layout=gl.SliceLayout(1, gl.DotOperandLayout(0, mma, 4)))
-            g += tile_n * BN
-        queue = (_load_block(w, g, words_at, scales_at, block0, n_pad, True, GROUPS),)
-        for i in gl.static_range(1, DEPTH):
-            queue = queue + (_load_block(w, g, words_at, scales_at, block0 + i, n_pad, i < blocks, GROUPS),)
-    else:
-        w_ring = gl.allocate_shared_memory(gl.int32, [STAGES, R, 4, 256], w.layout)
-        w_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        g_ring, g_full = w_ring, w_full
-        if GROUPS > 0:
-            g_ring = gl.allocate_shared_memory(gl.uint8, [STAGES * GROUPS, _scale_line(R)], g.layout)
-            g_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-        for slot in gl.static_range(STAGES):
-            mbarrier.init(w_full.index(slot), count=1)
-            if GROUPS > 0:
-                mbarrier.init(g_full.index(slot), count=1)
-        for slot in gl.static_range(STAGES):
-            _fetch_weights(w, g, w_ring, g_ring, w_full, g_full, slot, tile_n, block0 + slot, n_pad, slot < blocks, R,
-                           GROUPS)
+        mbarrier.init(full.index(slot), count=1)
+    pipe = (x_desc, ring, full)
+    words: gl.constexpr = _words_layout(R, WARPS)
+    row = gl.arange(0, R, layout=gl.SliceLayout(1, gl.SliceLayout(2, words)))
+    quarter = gl.arange(0, 4, layout=gl.SliceLayout(0, gl.SliceLayout(2, words)))
+    word = gl.arange(0, 256, layout=gl.SliceLayout(0, gl.SliceLayout(1, words)))
+    words_at = row[:, None, None] * (blocks_k * 1024) + quarter[None, :, None] * 256 + word[None, None, :]
+    pairs: gl.constexpr = _pairs_layout(R, WARPS)
+    row = gl.arange(0, R, layout=gl.SliceLayout(1, pairs))
+    pairs_at = row[:, None] * 32 + gl.arange(0, 32, layout=gl.SliceLayout(0, pairs))[None, :]
+    weights = (w_ptr, g_ptr, words_at, pairs_at, n_pairs)
+    queue = (_load_block(weights, tile_n, first, 0, plan, True, R, DEPTH, GROUPS),)
+    for i in gl.static_range(1, DEPTH):
+        queue = queue + (_load_block(weights, tile_n, first, i, plan, True, R, DEPTH, GROUPS),)
     gdc_launch_dependents()
     gdc_wait()
     for slot in gl.static_range(STAGES):
-        mbarrier.expect(x_full.index(slot), BM * 128, pred=slot < blocks)
-        tma_load(x_desc, [tile_m * BM, (block0 + slot) * 128], x_full.index(slot), x_ring.index(slot),
-                 pred=slot < blocks)
+        _fetch_activations(pipe, slot, tile_m, first + slot, plan, first + slot < last, BM, DEPTH, STAGES)
 
-    if DEPTH > 0:
-        low, queue = _dot_blocks_direct(x_desc, x_ring, x_full, w, g, words_at, scales_at, queue, 0, middle, blocks,
-                                        block0, tile_m, n_pad, R, BM, WARPS, STAGES, GROUPS, DEPTH, REFILL)
-    else:
-        low = _dot_blocks(x_desc, w, g, x_ring, w_ring, g_ring, x_full, w_full, g_full, 0, middle, blocks, block0,
-                          tile_m, tile_n, n_pad, R, BM, WARPS, STAGES, GROUPS, REFILL)
+    low, queue = _dot_steps(pipe, weights, queue, tile_m, tile_n, first, first, middle, last, plan, R, BM, WARPS,
+                            STAGES, DEPTH, GROUPS)
     high = low
     if TWO:
         if STASH:  # two accumulators don't fit in the registers: the first waits in shared memory
             swizzle: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=1, max_phase=8, order=[1, 0])
             stash = gl.allocate_shared_memory(gl.int32, [BN, BM], swizzle, value=low)
-        if DEPTH > 0:
-            high, queue = _dot_blocks_direct(x_desc, x_ring, x_full, w, g, words_at, scales_at, queue, middle, blocks,
-                                             blocks, block0, tile_m, n_pad, R, BM, WARPS, STAGES, GROUPS, DEPTH,
-                                             REFILL)
-        else:
-            high = _dot_blocks(x_desc, w, g, x_ring, w_ring, g_ring, x_full, w_full, g_full, middle, blocks, blocks,
-                               block0, tile_m, tile_n, n_pad, R, BM, WARPS, STAGES, GROUPS, REFILL)
+        high, queue = _dot_steps(pipe, weights, queue, tile_m, tile_n, first, middle, last, last, plan, R, BM, WARPS,
+                                 STAGES, DEPTH, GROUPS)
         if STASH:
             low = stash.load(mma)
 
-    en = gl.arange(0, BN, layout=gl.SliceLayout(1, mma))
-    em = gl.arange(0, BM, layout=gl.SliceLayout(0, mma))
-    rn, rm = tile_n * BN + en, tile_m * BM + em
-    if SPLIT == 1:
-        _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, BM, WARPS, TWO, BIAS)
+    rn = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, mma))
+    rm = tile_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(0, mma))
+    if not SPLIT:
+        _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, WARPS, TWO, BIAS)
     else:
         # Slot i holds the low sum of slice i or the high sum of slice i − 1: only one slice can have both.
-        cell = gl.expand_dims(en * BM, 1) + gl.expand_dims(em, 0)
-        slots = partial_ptr + tile.to(gl.int64) * ((SPLIT + 1) * BN * BM)
-        if middle > 0:
-            gl.store(slots + piece * (BN * BM) + cell, low)
+        low_sum = _flat(low)
+        high_sum = _flat(high)
+        cell = gl.arange(0, BN * BM, layout=low_sum.type.layout)
+        slots = partial_ptr + tile.to(gl.int64) * ((pieces + 1) * (BN * BM))
+        if middle > first:
+            gl.store(slots + piece * (BN * BM) + cell, low_sum)
         if TWO:
-            gl.store(slots + (piece + 1) * (BN * BM) + cell, high, mask=(cell >= 0) & (blocks > middle))
+            gl.store(slots + (piece + 1) * (BN * BM) + cell, high_sum, mask=(cell >= 0) & (last > middle))
         cta_barrier()
         arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLIT - 1:
+        if arrived == pieces - 1:
             gl.store(counter_ptr + tile, 0)
-            low_end = gl.cdiv(low_blocks, per_piece)
             # its own sums are still in registers
-            low = _add_slots(low, slots, cell, 0, low_end, piece, SPLIT)
+            low_sum = _add_slots(low_sum, slots, cell, 0, gl.cdiv(low_steps, per_piece), piece, WARPS)
             if TWO:
-                high = _add_slots(high, slots + BN * BM, cell, low_blocks // per_piece, SPLIT, piece, SPLIT)
-            _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, BM, WARPS, TWO, BIAS)
+                high_sum = _add_slots(high_sum, slots + BN * BM, cell, low_steps // per_piece, pieces, piece, WARPS)
+            low = _unflat(low_sum, BN, BM, mma)
+            high = _unflat(high_sum, BN, BM, mma)
+            _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, WARPS, TWO, BIAS)
 
 
 # ------------------------------------------------------------------------------------------------------------- launcher
 SHARED_MEMORY = 232448  # bytes a program may use on Hopper
 
 
-def constants(tile: Tile, blocks: int, split: int, group_size: int, two: bool) -> dict[str, int | bool]:
-    """The kernel's compile-time parameters for ``tile``; raises ValueError if they don't fit in shared memory.
+def count_steps(blocks: int, low_blocks: int, depth: int) -> int:
+    """Steps of the whole K; one that both segments share counts twice."""
+    low_steps = cdiv(low_blocks, depth)
+    return low_steps if low_blocks == blocks else low_steps + cdiv(blocks, depth) - low_blocks // depth
 
-    Large tiles do best with weights loaded straight into registers, ``depth`` blocks ahead: through shared memory they
-    would compete with the activations that wgmma reads there.
-    """
+
+def constants(tile: Tile, split: int, group_size: int, two: bool) -> dict[str, int | bool]:
+    """The kernel's compile-time parameters for ``tile``; raises ValueError for a tile it can't run."""
     r, groups = tile.block_n // TILE_ROWS, 0 if group_size == -1 else BLOCK // group_size
-    per_piece = -(-blocks // split)
-    if tile.block_n > PAD_ROWS:
-        raise ValueError(f"{tile}: block_n is at most {PAD_ROWS}.")
-    stash = two and tile.block_n * tile.block_m >= 128 * 32 * tile.warps
-    stages = min(tile.stages, per_piece)
-    stage_bytes = tile.block_m * 128 + 8 + (0 if tile.depth else r * 4096 + groups * max(64 * r, 128) + 16)
-    used = stages * stage_bytes + (4 * tile.block_n * tile.block_m if stash else 0)
+    if tile.block_n > PAD_ROWS or tile.block_n < 16 * tile.warps or tile.depth < 1:
+        raise ValueError(f"{tile}: block_n must be at least 16 for each warp and at most {PAD_ROWS}, depth at least 1.")
+    stash = two and split == 1 and tile.block_n * tile.block_m >= 128 * 32 * tile.warps
+    used = tile.stages * (tile.depth * tile.block_m * BLOCK + 8) + (4 * tile.block_n * tile.block_m if stash else 0)
     if used > SHARED_MEMORY:
         raise ValueError(f"{tile} needs {used} bytes of shared memory; Hopper has {SHARED_MEMORY}. Use fewer stages.")
-    return dict(R=r, BM=tile.block_m, SPLIT=split, GROUP_N=tile.group_n, WARPS=tile.warps, STAGES=stages, GROUPS=groups,
-                REFILL=per_piece > stages, DEPTH=tile.depth, TWO=two, STASH=stash)
-
-
-def operands(
-    codes: torch.Tensor, weight: KernelWeight, tile: Tile, direct: bool
-) -> tuple[TensorDescriptor, TensorDescriptor | torch.Tensor, TensorDescriptor | torch.Tensor | None]:
-    """Tensor maps of activations ``[M, Kpad]``, weights ``[tiles, 4·blocks, 256]`` and flat scales, or the tensors."""
-    packed, r = weight.packed, tile.block_n // TILE_ROWS
-    blocks = packed.shape[1]
-    swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    x_desc = TensorDescriptor(codes, list(codes.shape), [codes.stride(0), 1], [tile.block_m, BLOCK], swizzled)
-    if direct:
-        return x_desc, packed, weight.group_scale
-    plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
-    w_desc = TensorDescriptor(packed, [packed.shape[0], blocks * 4, 256], [blocks * 1024, 256, 1], [r, 4, 256], plain)
-    if weight.group_scale is None:
-        return x_desc, w_desc, None
-    line = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=1)
-    scales = weight.group_scale
-    return x_desc, w_desc, TensorDescriptor(scales, [scales.numel()], [1], [max(tile.block_n, 128)], line)
+    return dict(R=r, BM=tile.block_m, SPLIT=split > 1, GROUP_N=tile.group_n, WARPS=tile.warps, STAGES=tile.stages,
+                DEPTH=tile.depth, GROUPS=groups, TWO=two, STASH=stash)
 
 
 def w4ax_gemm_hopper(
@@ -374,17 +372,21 @@ def w4ax_gemm_hopper(
     tile: Tile,
 ) -> torch.Tensor:
     """``w4ax_gemm_ref`` on Hopper: codes int8 ``[M, Kpad]``, weight in layout ``hopper`` → ``[M, N]``."""
-    m, blocks = codes.shape[0], weight.packed.shape[1]
+    m, blocks, low_blocks = codes.shape[0], weight.packed.shape[1], cdiv(weight.split, BLOCK)
     y = torch.empty(m, weight.n, dtype=out_dtype, device=codes.device)
     if m == 0:
         return y
     tiles = cdiv(m, tile.block_m) * cdiv(weight.n, tile.block_n)
-    split = split_k(tile, tiles, blocks)
+    steps = count_steps(blocks, low_blocks, tile.depth)
+    split = split_k(tile, tiles, steps)
     cells = tiles * (split + 1) * tile.block_m * tile.block_n if split > 1 else 0
     partial = torch.empty(cells, dtype=torch.int32, device=codes.device)
-    parameters = constants(tile, blocks, split, weight.group_size, weight.split < weight.k)
+    scales = weight.group_scale
+    x_desc = TensorDescriptor(codes, [blocks, m, BLOCK], [BLOCK, codes.stride(0), 1],
+                              [tile.depth, tile.block_m, BLOCK], gl.NVMMASharedLayout(128, 8, rank=3))
     _w4ax_kernel[(tiles, split)](
-        *operands(codes, weight, tile, tile.depth > 0), act_scales, weight_scale, bias, y, partial,
-        weight.counters, m, weight.n, weight.packed.shape[0] * TILE_ROWS, blocks, -(-weight.split // BLOCK),
-        **parameters, BIAS=bias is not None, num_warps=tile.warps, enable_fp_fusion=False, launch_pdl=True)  # fmt: skip
+        x_desc, weight.packed, None if scales is None else scales.view(torch.int16), act_scales, weight_scale, bias, y,
+        partial, weight.counters, m, weight.n, weight.packed.shape[0] * (TILE_ROWS // 2), blocks, low_blocks, steps,
+        **constants(tile, split, weight.group_size, low_blocks < blocks), BIAS=bias is not None,
+        num_warps=tile.warps, maxnreg=tile.registers or None, enable_fp_fusion=False, launch_pdl=True)  # fmt: skip
     return y

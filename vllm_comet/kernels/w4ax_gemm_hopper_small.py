@@ -48,10 +48,10 @@ def _words_layout(WAYS, SLABS):
 
 @gluon.constexpr_function
 def _scales_layout(WAYS, SLABS, GROUPS):
-    """Who reads which of the scales ``[WAYS, GROUPS, 16·SLABS]``: those of the rows in a thread's A fragment."""
+    """Who reads which of the scales ``[WAYS, GROUPS, 16·SLABS]``: the pair of rows in a thread's A fragment."""
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 0, 8]] + ([[0, 1, 0]] if GROUPS == 2 else []),
-        lane_bases=[[0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]],
+        reg_bases=[[0, 0, 1]] + ([[0, 1, 0]] if GROUPS == 2 else []),
+        lane_bases=[[0, 0, 0], [0, 0, 0], [0, 0, 2], [0, 0, 4], [0, 0, 8]],
         warp_bases=[[0, 0, 16 * b] for b in _bits(SLABS)] + [[b, 0, 0] for b in _bits(WAYS)],
         block_bases=[],
         shape=[WAYS, GROUPS, 16 * SLABS],
@@ -108,6 +108,8 @@ def _dot_groups(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, 
         else:
             mbarrier.wait(g_full.index(slot), phase)
             scales = g_ring.index(slot).load(_scales_layout(WAYS, SLABS, GROUPS)).to(gl.int32)
+            scales = scales.reshape([WAYS, GROUPS, SLABS, 8, 2]).permute([0, 1, 2, 4, 3])
+            scales = scales.reshape([WAYS, GROUPS, 16 * SLABS])
             if GROUPS == 1:
                 g_low = gl.convert_layout(scales.reshape([WAYS, 16 * SLABS]), scale, assert_trivial=True)
                 g_low = gl.where(inside, g_low, 0)
