@@ -63,7 +63,7 @@ class DecoderBuilder:
 
     def embed(self, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Hidden states ``[B, T, hidden]`` of int64 ``tokens``, on the device."""
-        hidden = F.embedding(tokens, weight).to(self.device, torch.float32)
+        hidden = F.embedding(tokens, weight).to(self.device).to(torch.float32)
         scaled = hidden * self.config.hidden_size**0.5 if self.family.scaled_embedding else hidden
         return scaled.to(self.hidden_dtype)
 

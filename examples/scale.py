@@ -49,7 +49,7 @@ def random_layer(builder: DecoderBuilder, seed: int) -> dict[str, torch.Tensor]:
     for name, parameter in builder.skeleton(0).named_parameters():
         shape = parameter.shape
         value = torch.randn(shape, generator=generator, device=builder.device) * shape[-1] ** -0.5
-        weights[name] = (value if len(shape) == 2 else torch.ones_like(value)).to("cpu", torch.bfloat16)
+        weights[name] = (value if len(shape) == 2 else torch.ones_like(value)).to(torch.bfloat16).cpu()
     return weights
 
 
@@ -73,7 +73,7 @@ def measure(name: str, layers: int, samples: int, length: int, host_memory: int,
         plan = Plan(dims, builder.family, comet, 0, samples * length, device, default_device_budget(device),
                     host_memory)
         store = HiddenStore(device, plan.hidden_on_gpu, host_memory, Path(scratch) / "hidden")
-        embedding = torch.randn(config.vocab_size, dims.hidden, device=device).to("cpu", torch.bfloat16)
+        embedding = torch.randn(config.vocab_size, dims.hidden, device=device).to(torch.bfloat16).cpu()
         tokens = torch.randint(config.vocab_size, (samples, length), generator=torch.Generator().manual_seed(0))
         chunks = tokens.split(max(1, CHUNK_TOKENS // length))
         streams = Streams.start(store, len(chunks), tokens.numel(), (builder.embed(c, embedding) for c in chunks))
