@@ -78,7 +78,6 @@ VARIANTS: dict[str, Variant] = {
     "no scale search": Variant(patches={"calibrate.grid._SHRINK": 0, "calibrate.grid._GROW": 0}),
     "no refitted rows": Variant(patches={"calibrate.layer.refit_rows": lambda w, h, grid, codes: grid}),
     "no K smoothing": Variant(patches={"calibrate.layer.smooth_k": lambda *_: 1.0}),
-    "no input smoothing": Variant(patches={"calibrate.smooth.STRENGTHS": (0.0,)}),
     "INT8 blocks by each linear's own error": Variant(patches={"calibrate.pipeline.BUDGET_ERROR": "mixed_error"}),
     "weight groups of 128": Variant({"group_size": 128}),
     "KV groups of 64": Variant({"kv_group_size": 64}),

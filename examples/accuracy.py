@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import torch
 from measure import Evaluator, add_arguments, device, header, save
 from tables import write_readme
 
-from calibrate.loading import open_model
+from calibrate.loading import ModelSource, open_model
 from calibrate.simulate import Activations, load_base, load_comet
 from vllm_comet.checkpoint import verify_checkpoint
 
@@ -27,35 +30,38 @@ MODES: list[tuple[str, Activations | None, bool]] = [
     ("W4A8KV4 (default)", "int8", True), ("W4AxKV4 (mixed)", "mixed", True)]
 
 
-def measure(model: str, checkpoint: Path, args: argparse.Namespace) -> list[dict]:
-    rows = []
-    where = device()
-    dtype = torch.float32 if where.type == "cpu" else torch.bfloat16
-    with open_model(model) as source:
-        evaluate = Evaluator(source, args.text, args.windows, args.tasks)
-        for name, activations, kv4 in MODES:
-            network = (load_base(source.directory, dtype) if activations is None
-                       else load_comet(checkpoint, activations, kv4, dtype))
-            rows.append({"mode": name, "activations": activations, "kv4": kv4, **evaluate(network.to(where))})
-            print(rows[-1], flush=True)
-    return rows
+def measure(model: Path, mode: int, args: argparse.Namespace) -> dict[str, Any]:
+    """One row, of ``MODES[mode]``."""
+    torch.set_num_threads(1 if args.jobs > 1 else torch.get_num_threads())
+    name, activations, kv4 = MODES[mode]
+    dtype = torch.float32 if device().type == "cpu" else torch.bfloat16
+    network = load_base(model, dtype) if activations is None else load_comet(args.checkpoint, activations, kv4, dtype)
+    evaluate = Evaluator(ModelSource(model), args.text, args.windows, args.tasks)
+    return {"mode": name, "activations": activations, "kv4": kv4, **evaluate(network.to(device()))}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--jobs", type=int, default=1, help="modes at a time (default: %(default)s)")
     add_arguments(parser)
     args = parser.parse_args()
     summary = verify_checkpoint(args.checkpoint)
-    config = json.loads((args.checkpoint / "config.json").read_text())["quantization_config"]
-    save("accuracy", header(args.name, args.commit) | {
-        "checkpoint": config,
+    result = header(args.name, args.commit) | {
+        "checkpoint": json.loads((args.checkpoint / "config.json").read_text())["quantization_config"],
         "checkpoint_mb": round(summary.num_bytes / 1e6),
         "bf16_mb": round(summary.bf16_bytes / 1e6),
         "int8_share": round(summary.int8_share, 4),
-        "rows": measure(args.model, args.checkpoint, args),
-    })
+    }
+    rows: dict[int, dict[str, Any]] = {}
+    with open_model(args.model) as source, ProcessPoolExecutor(
+            args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        tasks = {pool.submit(measure, source.directory, mode, args): mode for mode in range(len(MODES))}
+        for task in as_completed(tasks):
+            rows[tasks[task]] = task.result()
+            print(json.dumps(task.result()), flush=True)
+            save("accuracy", result | {"rows": [rows[mode] for mode in sorted(rows)]})
     write_readme()
 
 
