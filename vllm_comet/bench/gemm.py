@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -141,31 +141,43 @@ def measure(candidate: Candidate, n: int, k: int, m: int) -> tuple[float, float]
     return alone, alone if same else time_us(candidate.with_quant, m, candidate.copies)
 
 
-def run(
-    models: list[str], ms: list[int], modes: list[str], high_share: float, save: Callable[[list, dict], None]
-) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """All rows, and why which mode is missing. ``save`` gets both after every M, so that a run that is cut short leaves
-    what it measured.
+@dataclass
+class Results:
+    """What was measured so far, and why which mode is missing. ``save`` writes both."""
 
-    Ours and cuBLAS come first, then vLLM's kernels, then those that are compiled when called: neither a fault nor the
-    time of one of these must cost the rest.
-    """
-    rows: list[dict[str, Any]] = []
-    left_out: dict[str, str] = {}
+    save: Callable[[list[dict[str, Any]], dict[str, str]], None]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        self.rows += rows
+        self.save(self.rows, self.left_out)
+
+
+def phases(modes: list[str]) -> list[list[str]]:
+    """Ours and cuBLAS, then vLLM's kernels, then those that are compiled when called: neither a fault nor the time of
+    one of these must cost the rest."""
     own = [mode for mode in modes if mode in (BASELINE, "cublas-fp8", *problems.MODES)]
     late = [mode for mode in modes if mode.startswith("humming")]
-    for phase in (own, [mode for mode in modes if mode not in own + late], late):
-        for m in ms if phase else []:
-            for model, layer, n, k in layers_of(models):
-                measured = measure_all([mode for mode in phase if mode not in left_out], n, k, m, high_share, left_out)
-                where = {"model": model, "layer": layer, "n": n, "k": k, "m": m}
-                rows += [{**where, "mode": mode, "us": round(alone, 3), "us_with_quant": round(with_quant, 3)}
-                         for mode, (alone, with_quant) in measured.items()]  # fmt: skip
-                text = "  ".join(f"{mode} {alone:.1f}" for mode, (alone, _) in measured.items())
-                print(f"{model} {layer} {n}x{k} M={m} us: {text}", flush=True)
-            save(rows, left_out)
-            torch.cuda.empty_cache()
-    return rows, left_out
+    return [own, [mode for mode in modes if mode not in own + late], late]
+
+
+def run(models: list[str], ms: list[int], modes: list[str], high_share: float, results: Results) -> None:
+    """Rows of ``modes``, saved after every M, so that a run that is cut short leaves what it measured."""
+    for m in ms:
+        if all(mode in results.left_out for mode in modes):
+            return
+        rows: list[dict[str, Any]] = []
+        for model, layer, n, k in layers_of(models):
+            wanted = [mode for mode in modes if mode not in results.left_out]
+            measured = measure_all(wanted, n, k, m, high_share, results.left_out)
+            where = {"model": model, "layer": layer, "n": n, "k": k, "m": m}
+            rows += [{**where, "mode": mode, "us": round(alone, 3), "us_with_quant": round(with_quant, 3)}
+                     for mode, (alone, with_quant) in measured.items()]  # fmt: skip
+            text = "  ".join(f"{mode} {alone:.1f}" for mode, (alone, _) in measured.items())
+            print(f"{model} {layer} {n}x{k} M={m} us: {text}", flush=True)
+        results.add(rows)
+        torch.cuda.empty_cache()
 
 
 def layers_of(models: list[str]) -> list[tuple[str, str, int, int]]:
@@ -290,19 +302,23 @@ def main(argv: list[str]) -> int:
         print("a process that compiles kernels failed; they are compiled as they are measured", file=sys.stderr)
     environment = timing.environment()
     out = args.out or Path("examples/results") / f"gemm-{table_name(environment['device'])}.json"
-    def save(rows: list, left_out: dict) -> None:
-        timing.write_results(out, rows, {**environment, "left_out": left_out})
-
-    rows, left_out = run(args.model, args.m, modes, args.high_share, save)
-    print_table(rows)
-    fused: list[dict[str, Any]] = []
+    results = Results(lambda rows, left_out: timing.write_results(out, rows, {**environment, "left_out": left_out}))
+    own, others, late = phases(modes)
+    run(args.model, args.m, own, args.high_share, results)
+    run(args.model, args.m, others, args.high_share, results)
     try:
         fused = fused_rows(args.model, args.m, args.high_share)
         print_fused(fused)
-    except ImportError as error:
-        left_out[FUSED] = f"vLLM's own norm and SiLU kernels are the baseline: {error}"
-    save(rows + fused, left_out)
-    for mode, reason in left_out.items():
+        results.add(fused)
+    except (ImportError, AttributeError, RuntimeError) as error:
+        results.left_out[FUSED] = f"vLLM's own norm and SiLU kernels are the baseline: {error}"
+    print_table(results.rows)
+    run(args.model, args.m, late, args.high_share, results)
+    rows = results.rows
+    if late:
+        print_table([row for row in rows if row["mode"] in (BASELINE, *late)])
+    results.add([])
+    for mode, reason in results.left_out.items():
         print(f"{mode}: left out, {reason}")
     try:
         plot(rows, out.with_suffix(".png"), environment["device"])
