@@ -97,7 +97,7 @@ def _run(args: argparse.Namespace) -> int:
     from calibrate.export import finish_interrupted
     from calibrate.loading import open_model
     from calibrate.pipeline import Options, calibrate, prepare
-    from calibrate.plan import Limits, describe, matmul_flops
+    from calibrate.plan import Limits, Rates, describe
 
     options = Options(
         data=args.data, samples=args.samples, length=args.length, seed=args.seed, group_size=args.group_size,
@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         with open_model(args.model) as source:
             plan, _ = prepare(source, options, limits)
-        print(describe(plan, matmul_flops(plan.device)))
+        print(describe(plan, Rates.of(plan.device)))
         return 0
     if args.resume and finish_interrupted(args.out):
         print(f"{args.out} is finished: every checksum is right. Serve it with: vllm serve {args.out}")

@@ -18,7 +18,9 @@ from vllm_comet.kernels.kv4_cache import bytes_per_token
 
 _GIB = 2**30
 _COLUMN_SECONDS = 60e-6
-"""Of rounding one channel on a GPU, where it waits for launches; measured on an H200."""
+"""Of rounding one channel on a GPU, where it waits for launches."""
+_MOVES, _BUS_BYTES = 4.5, 8e9
+"""How often a layer moves its hidden states between host and GPU, and bytes a second of pageable memory."""
 
 
 @dataclass(frozen=True)
@@ -109,36 +111,52 @@ class Plan:
         k = max(self.dims.width(i) for i in LINEAR_INPUTS)
         return 6 * self.layer_weights + 4 * (4 * k * k + 3 * k * self.dims.hidden) + 8192 * k * 4
 
-    def layer_seconds(self, flops: float) -> float:
-        """At ``flops`` operations a second: statistics, three passes of the layer, factorisation and rounding."""
+    def layer_seconds(self, rates: Rates) -> float:
+        """Statistics and three passes of the layer; factorisation and rounding; hidden states on their way."""
         widths = [self.dims.width(i) for i in LINEAR_INPUTS]
-        observe = self.tokens * (4 * sum(k * k for k in widths) + 2 * self.dims.hidden * (widths[1] + widths[3]))
-        forward = self.tokens * 2 * self.layer_weights * 3
-        solve = sum(2 * k**3 + 10 * k * k * sum(self.dims.rows(i)) for i, k in zip(LINEAR_INPUTS, widths, strict=True))
+        low = self.tokens * (4 * sum(k * k for k in widths) + 6 * self.layer_weights)
+        exact = self.tokens * 2 * self.dims.hidden * (widths[1] + widths[3])
+        exact += sum(2 * k**3 + 10 * k * k * sum(self.dims.rows(i))
+                     for i, k in zip(LINEAR_INPUTS, widths, strict=True))
         columns = sum(len(i.members) * k for i, k in zip(LINEAR_INPUTS, widths, strict=True))
-        return (observe + forward + solve) / flops + columns * _COLUMN_SECONDS
+        moved = 0 if self.device.type == "cpu" else (self.hidden_bytes - self.hidden_on_gpu) * _MOVES
+        return low / rates.low + exact / rates.exact + columns * _COLUMN_SECONDS + moved / _BUS_BYTES
 
 
-def matmul_flops(device: torch.device) -> float:
-    """Operations a second of one 2048³ product in the precision of the statistics, best of three."""
-    x = torch.randn(2048, 2048, device=device).to(torch.bfloat16).to(torch.float32)
-    best = math.inf
-    with products_of_bf16():
-        for _ in range(3):
-            start = time.perf_counter()
-            float((x @ x)[0, 0])
-            best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
+@dataclass(frozen=True)
+class Rates:
+    """Operations a second of matrix products: of bf16 values, and in float32."""
+
+    low: float
+    exact: float
+
+    @classmethod
+    def of(cls, device: torch.device) -> Rates:
+        """Measured on one product of each kind, best of three."""
+        size = 2048 if device.type == "cpu" else 8192
+        x = torch.randn(size, size, device=device).to(torch.bfloat16).to(torch.float32)
+        with products_of_bf16():
+            low = _product_seconds(x)
+        return cls(2 * size**3 / low, 2 * size**3 / _product_seconds(x))
 
 
-def describe(plan: Plan, flops: float) -> str:
-    """The plan as text; ``flops``: of this device, see :func:`matmul_flops`."""
+def _product_seconds(x: torch.Tensor) -> float:
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        float((x @ x)[0, 0])  # waits for a GPU
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def describe(plan: Plan, rates: Rates) -> str:
+    """The plan as text; ``rates``: of the plan's device."""
     dims, comet = plan.dims, plan.comet
     kv, kv_plain = plan.kv_bytes
     host = plan.hidden_bytes - plan.hidden_on_gpu - plan.spilled + 2 * plan.layer_weights
     gpu = plan.layer_bytes + plan.hidden_on_gpu
     on_gpu = plan.device.type != "cpu"
-    seconds = plan.layer_seconds(flops) * dims.layers
+    seconds = plan.layer_seconds(rates) * dims.layers
     lines = [
         f"model         {plan.family.name}: {dims.layers} layers, {dims.heads} query and {dims.kv_heads} KV heads of "
         f"{dims.head_dim}",
@@ -158,8 +176,8 @@ def describe(plan: Plan, flops: float) -> str:
         f"libraries' own" + (f", {gpu / _GIB:.1f} GiB on the GPU" if on_gpu else ""),
         f"disk          {plan.disk / _GIB:.1f} GiB while it runs"
         + (f", {plan.spilled / _GIB:.1f} GiB of it for hidden states beyond --host-memory" if plan.spilled else ""),
-        f"time          {_duration(seconds)}, a rough estimate: operations at the {flops / 1e12:.2g} TFLOP/s of one "
-        "matrix product on this device; the real time can be half or three times that",
+        f"time          {_duration(seconds)}, a rough estimate: operations at the rate of one matrix product here "
+        f"({rates.low / 1e12:.2g} TFLOP/s); the real time can be half or three times that",
     ]
     return "\n".join(lines)
 
