@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The W4Ax GEMM for Hopper at few tokens (M up to 64): no split-K over the grid, K is shared out inside the program.
+"""The W4Ax GEMM for Hopper at few tokens and rows (M up to 64): no split-K over the grid, K is shared out inside the program.
 
 At decode sizes the time goes to latency: the chain of K blocks in a program, and the exchange of partial sums between
 programs. So a program owns ``block_n`` weight rows of the whole K; ``ways`` of its warps work on as many K blocks at
 once, as the batch of a batched product, and are added up in shared memory at the end, as integers.
 
-The products are mma.sync and not wgmma: with W in registers a wgmma of 64 rows takes some 50 cycles however few tokens
-there are (measured on an H200), which is no faster than memory delivers weights.
+The products are mma.sync and not wgmma: a warp multiplies 16 rows by itself, so that the warps of a program can be on
+different K blocks. Where there are many rows, the other kernel is as fast or faster from one token on.
 
 Everything comes through bulk tensor copies, as many K blocks ahead as shared memory holds. Weights don't depend on the
 kernel before, so with programmatic dependent launch they are fetched while that kernel still runs.
