@@ -40,13 +40,13 @@ def _splits(n: int, k: int, m: int, block_m: int, block_n: int, blocks: int, wav
 
 
 def _small_candidates(m: int) -> list[Tile]:
-    """Tiles of Hopper's kernel for few tokens, with the stages that leave room for two programs or one."""
+    """Tiles of Hopper's kernel for few tokens, with the stages that leave room for three programs, two, or one."""
     block_m = max(8, 1 << (m - 1).bit_length())
     tiles = []
     for rows, warps in [(16, 8), (32, 8), (32, 16)] if m <= 32 else [(32, 8)]:
         stage = warps // (rows // 16) * (block_m * 128 + rows * 66)
         sums = 8 * warps * 16 * block_m
-        fits = {min(8, (room - sums) // stage) for room in (110_000, 220_000)}
+        fits = {min(8, (room - sums) // stage) for room in (72_000, 110_000, 220_000)}
         tiles += [Tile(block_m, rows, 1, warps, stages, small=True) for stages in sorted(fits) if stages > 1]
     return tiles
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The W4Ax GEMM for Hopper at few tokens and rows (M up to 64): no split-K over the grid, K is shared out inside the program.
+"""The W4Ax GEMM for Hopper at few tokens (M up to 64) and rows: K is not split over the grid but inside a program.
 
 At decode sizes the time goes to latency: the chain of K blocks in a program, and the exchange of partial sums between
 programs. So a program owns ``block_n`` weight rows of the whole K; ``ways`` of its warps work on as many K blocks at
