@@ -87,7 +87,7 @@ def environment() -> dict[str, Any]:
             versions[package] = None
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {"device": device, "versions": versions, "commit": _commit(),
-            "command": " ".join(["comet-bench", *sys.argv[1:]])}
+            "command": " ".join(["comet-bench", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv[1:])])}
 
 
 def _commit() -> str | None:
