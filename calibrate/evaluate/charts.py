@@ -161,7 +161,7 @@ def pareto_plot(points: Sequence[Point], title: str, x_title: str, y_title: str)
 
 def _label(point: Point, x: float, y: float, boxes: list[tuple[float, float, float, float]]) -> str:
     """The model's name beside its marker, on the side where it covers the fewest names so far (``boxes``, in %)."""
-    width, height = 2.2 * len(point.label) + 4, 6.0  # of a panel on a phone, the narrowest there is
+    width, height = 3.2 * len(point.label) + 4, 6.0  # of a panel on a phone, the narrowest there is
     places = [(side, dy) for dy in (-8, 18, -24, 34) for side in ("start", "end")]
 
     def box(side: str, dy: int) -> tuple[float, float, float, float]:

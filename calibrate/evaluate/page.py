@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from statistics import geometric_mean
@@ -12,7 +12,7 @@ from typing import Any
 
 from calibrate.evaluate.charts import COLOURS, Point, Row, curve_plot, legend, pareto_plot, recovery_plot
 from calibrate.evaluate.recommend import WAYS
-from calibrate.evaluate.tables import TEXT_COLUMNS, cost_cell, perplexity_cell
+from calibrate.evaluate.tables import TEXT_COLUMNS, Cell, cost_cell, flips_cell, perplexity_cell
 
 STYLE = Path(__file__).with_name("style.css")
 WAY_TITLES = {way: title[0].upper() + title[1:] for way, title in WAYS.items()}
@@ -110,7 +110,7 @@ def _advice(result: dict[str, Any]) -> Iterator[str]:
         body = '<div class="head"></div>' + "".join(f'<div class="head">{title}</div>' for title in WAY_TITLES.values())
         cases = result["cost"][result["models"][0]["label"]]
         for name, found in cases.items():
-            body += f'<div class="case">{_case(name, found)}</div>'
+            body += f'<div class="case">{_cell([name, _lengths(found)])}</div>'
             body += "".join(cell(entry) for entry in advice if entry["use_case"] == name)
     yield ("<section><h2>What to serve</h2><p>The most queries per dollar among the models that recover "
            f"{result['settings']['min_recovery']:g} % of the base's accuracy.</p>"
@@ -126,14 +126,14 @@ def _accuracy(result: dict[str, Any]) -> Iterator[str]:
             "Scores and flips", "Score in % with its 95 % interval; changed: items whose answer is another than the "
             "base's, of which right before (−) and right now (+). Near chance, recovery says little.",
             _table(["task", "chance", *found], [
-                [escape(name), _chance(about), *(_score(found[label]["tasks"][name], label == base) for label in found)]
+                [name, _chance(about), *(_score(found[label]["tasks"][name], label == base) for label in found)]
                 for name, about in tasks.items()]))
     texts = {name: [found[label]["perplexity"][name] for label in found] for name in found[base]["perplexity"]}
     if texts:
         yield _section(
             "Perplexity", "Over the base's, with the 95 % interval over windows.",
             _table(["text", "windows", *found], [
-                [escape(name), str(row[0]["windows"]), *(perplexity_cell(one, one is row[0]) for one in row)]
+                [name, str(row[0]["windows"]), *(perplexity_cell(one, one is row[0]) for one in row)]
                 for name, row in texts.items()]))
 
 
@@ -158,11 +158,9 @@ def _chance(about: dict[str, Any]) -> str:
     return "–" if about["chance"] is None else f"{100 * about['chance']:.0f}"
 
 
-def _score(row: dict[str, Any], is_base: bool) -> str:
-    ends = f"<small>{100 * row['interval']['low']:.1f} to {100 * row['interval']['high']:.1f}</small>"
-    flips = row["flips"]
-    changed = "" if is_base else f"<small>{flips['changed']} changed (−{flips['lost']} +{flips['gained']})</small>"
-    return f"{100 * row[row['metric']]:.1f}{ends}{changed}"
+def _score(row: dict[str, Any], is_base: bool) -> list[str]:
+    ends = f"{100 * row['interval']['low']:.1f} to {100 * row['interval']['high']:.1f}"
+    return [f"{100 * row[row['metric']]:.1f}", ends, *([] if is_base else [flips_cell(row["flips"])])]
 
 
 def _cost(result: dict[str, Any]) -> Iterator[str]:
@@ -180,13 +178,13 @@ def _cost(result: dict[str, Any]) -> Iterator[str]:
            f'<div class="card">{legend(list(cost))}<div class="panels wide">{curves}</div></div></section>')
     for way, note in (("sync", "Seconds for a query on its own; queries per dollar (over the base's)."),
                       ("async", "Highest rate within the limits, queries/s; queries per dollar (over the base's).")):
-        rows = [[_case(name, found), *(cost_cell(one[name], found, way) for one in cost.values())]
+        rows = [[[name, _lengths(found)], *(cost_cell(one[name], found, way) for one in cost.values())]
                 for name, found in base.items()]
         yield _section(f"Cost: {WAYS[way]}", note, _table(["use case", *cost], rows))
 
 
-def _case(name: str, found: dict[str, Any]) -> str:
-    return f"{escape(name)}<small>{found['case']['prompt']:,} → {found['case']['output']:,} tokens</small>"
+def _lengths(found: dict[str, Any]) -> str:
+    return f"{found['case']['prompt']:,} → {found['case']['output']:,} tokens"
 
 
 def _pareto(result: dict[str, Any], way: str) -> str:
@@ -208,7 +206,7 @@ def _curves(cost: dict[str, Any], name: str, key: str, settings: dict[str, Any])
 
 
 def _texts(result: dict[str, Any]) -> Iterator[str]:
-    rows = [[escape(label), *("–" if row[key] is None else f"{row[key]:.3f}" for key in TEXT_COLUMNS)]
+    rows = [[label, *("–" if row[key] is None else f"{row[key]:.3f}" for key in TEXT_COLUMNS)]
             for label, row in result["text"].items()]
     count = next(iter(result["text"].values()))["prompts"]
     yield _section("How different the text is", f"Greedy answers to {count} prompts beside the base's, at most "
@@ -220,11 +218,15 @@ def _section(title: str, note: str, body: str) -> str:
     return f'<section><h2>{escape(title)}</h2><p>{escape(note)}</p><div class="card scroll">{body}</div></section>'
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    """Cells are HTML, headers are text."""
+def _table(header: Sequence[str], rows: Iterable[Sequence[Cell]]) -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(cell: Cell) -> str:
+    first, *rest = [cell] if isinstance(cell, str) else cell
+    return escape(first) + "".join(f"<small>{escape(line)}</small>" for line in rest)
 
 
 def _settings(result: dict[str, Any]) -> str:

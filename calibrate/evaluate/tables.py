@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 NOTHING = "–"
@@ -26,8 +26,13 @@ def markdown(result: dict[str, Any]) -> Iterator[str]:
     yield from _footer(result)
 
 
-def _table(header: list[str], rows: list[list[str]]) -> Iterator[str]:
-    yield from ("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+Cell = str | list[str]
+"""Text, or a number and what is said of it."""
+
+
+def _table(header: Sequence[Cell], rows: Iterable[Sequence[Cell]]) -> Iterator[str]:
+    for row in (header, ["---"] * len(header), *rows):
+        yield "| " + " | ".join(cell if isinstance(cell, str) else "; ".join(cell) for cell in row) + " |"
     yield ""
 
 
@@ -61,18 +66,20 @@ def _accuracy(result: dict[str, Any]) -> Iterator[str]:
             for name in names])
 
 
-def score_cell(row: dict[str, Any], is_base: bool) -> str:
+def score_cell(row: dict[str, Any], is_base: bool) -> list[str]:
     score = f"{100 * row[row['metric']]:.1f}"
+    return [score] if is_base else [score, interval_cell(row["recovery"]), flips_cell(row["flips"])]
+
+
+def flips_cell(flips: dict[str, int]) -> str:
+    return f"{flips['changed']} changed (−{flips['lost']} +{flips['gained']})"
+
+
+def perplexity_cell(row: dict[str, Any], is_base: bool) -> list[str]:
+    ratio, perplexity = row["over_base"], f"{row['perplexity']:.2f}"
     if is_base:
-        return score
-    changed = f"{row['flips']['changed']} changed (−{row['flips']['lost']} +{row['flips']['gained']})"
-    return f"{score}; {interval_cell(row['recovery'])}; {changed}"
-
-
-def perplexity_cell(row: dict[str, Any], is_base: bool) -> str:
-    ratio = row["over_base"]
-    more = "" if is_base else f" ({ratio['value']:.3f}×, {ratio['low']:.3f} to {ratio['high']:.3f})"
-    return f"{row['perplexity']:.2f}{more}"
+        return [perplexity]
+    return [perplexity, f"{ratio['value']:.3f}× ({ratio['low']:.3f} to {ratio['high']:.3f})"]
 
 
 def interval_cell(found: dict[str, float] | None) -> str:
@@ -111,13 +118,13 @@ def _costs(result: dict[str, Any]) -> Iterator[str]:
             for name, case in cost[labels[0]].items()])
 
 
-def cost_cell(found: dict[str, Any], base: dict[str, Any], way: str) -> str:
+def cost_cell(found: dict[str, Any], base: dict[str, Any], way: str) -> list[str]:
     first = found["sync"]["latency"] if way == "sync" else found["async"]["rate"]
     if first is None:
-        return NOTHING
+        return [NOTHING]
     value, reference = found[way]["per_dollar"], base[way]["per_dollar"]
     ratio = f" ({value / reference:.2f}×)" if found is not base and reference else ""
-    return f"{first:.3g}; {value:,.0f}{ratio}"
+    return [f"{first:.3g}", f"{value:,.0f}{ratio}"]
 
 
 def _footer(result: dict[str, Any]) -> Iterator[str]:
