@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import itertools
 import json
 from collections.abc import Callable
@@ -346,7 +347,8 @@ def main(argv: list[str] | None = None) -> int:
         recorded = json.loads(args.out.read_text())
         plot(recorded["rows"], recorded["device"], args.out.with_suffix(".png"))
         return 0
-    device = torch.cuda.get_device_name().lower().replace("nvidia ", "").replace(" ", "-")
+    device = torch.cuda.get_device_name().lower().replace(" ", "-")
+    gc.freeze()  # every graph capture collects garbage: not among all that vLLM imports
     out = args.out or Path("examples/results") / f"attention-{device}.json"
     rows = json.loads(out.read_text())["rows"] if args.append else []
     env = environment()
