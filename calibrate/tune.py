@@ -49,7 +49,7 @@ class TuneOptions:
 
     steps: int = 256
     tokens: int = 4096
-    code_rate: float = 0.01
+    code_rate: float = 0.03
     scale_rate: float = 1e-3
     norm_rate: float = 1e-3
     mixed_share: float = 0.5

@@ -83,10 +83,9 @@ VARIANTS: dict[str, Variant] = {
     "KV groups of 64": Variant({"kv_group_size": 64}),
     "--rotate heads": Variant({"rotation": "heads"}),
     "--rotate all": Variant({"rotation": "all"}),
-    "--tune 128": Variant(tune={"steps": 128, "recompute": False}),
-    "--tune 128, int8 steps only": Variant(tune={"steps": 128, "recompute": False, "mixed_share": 0.0}),
-    "--tune 128, codes three times as fast": Variant(tune={"steps": 128, "recompute": False, "code_rate": 0.03}),
-    "--tune 128, scales and norms only": Variant(tune={"steps": 128, "recompute": False, "code_rate": 0.0}),
+    "--tune 96": Variant(tune={"steps": 96, "recompute": False}),
+    "--tune 96, int8 steps only": Variant(tune={"steps": 96, "recompute": False, "mixed_share": 0.0}),
+    "--tune 96, scales and norms only": Variant(tune={"steps": 96, "recompute": False, "code_rate": 0.0}),
     **{f"INT8 share {share:g}": Variant(share=share, modes=("W4AxKV4",)) for share in SHARES},
 }
 
