@@ -80,8 +80,10 @@ def test_what_a_backend_cannot_run_is_refused(comet, tmp_path):
     plain = save_tiny(tmp_path / "plain", "Llama")
     with pytest.raises(EvaluationError, match="int8 is a mode of COMET checkpoints"):
         parse(f"{plain}@int8")
-    with pytest.raises(EvaluationError, match="--backend vllm"):
-        parse(f"{plain}@quantization=fp8").torch_model(torch.device("cpu"), torch.float32)
+    served = parse(f"{plain}@quantization=fp8")
+    assert served.engine_arguments() == {"model": str(plain), "quantization": "fp8"}
+    with pytest.raises(EvaluationError, match="quantization is for vLLM; choose --backend vllm"):
+        served.check_backend("torch")
     with pytest.raises(EvaluationError, match="holds no config.json"):
         parse(tmp_path)
 

@@ -4,6 +4,7 @@
 import json
 import math
 import re
+import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -78,6 +79,19 @@ def test_an_interrupted_run_goes_on_and_a_finished_one_loads_no_model(folder, tm
     monkeypatch.setattr(run, "open_backend", None)
     report = (tmp_path / "report.json").read_bytes()
     assert evaluate(folder, tmp_path) == 0 and (tmp_path / "report.json").read_bytes() == report
+
+
+def test_what_would_fail_after_hours_is_refused_at_once(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(run, "open_backend", None)
+    base, comet = f"bf16={folder / 'base'}", folder / "comet"
+    for models, options, message in [
+            ([base, f"{comet}@weights"], ["--serve"], "@weights is for simulation only"),
+            ([base, str(comet)], ["--serve", "--use-cases", "poetry"], "Unknown use cases poetry"),
+            ([base, str(comet)], ["--tasks", "lm-eval:nothing"], "pip install 'lm-eval'"),
+            ([base, str(comet)], ["--tasks", "piqa"], "name its folder with --data")]:
+        monkeypatch.setitem(sys.modules, "lm_eval", None)
+        assert main([*models, *options, "--out", str(tmp_path)]) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tasks, message", [

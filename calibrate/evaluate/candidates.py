@@ -64,12 +64,16 @@ class Candidate:
 
     def torch_model(self, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
         """The model on ``device``; COMET checkpoints by the plain-torch references, i.e. simulated."""
-        if self.options:
-            raise EvaluationError(f"{self.label}: {self.mode} is for vLLM; choose --backend vllm or leave it out.")
         if self.activations is None:
             return load_base(self.directory, dtype).to(device)
         simulated: dict[str, Activations] = {"weights": "none", "mixed": "mixed"}
         return load_comet(self.directory, simulated.get(self.activations, "int8"), self.kv4, dtype).to(device)
+
+    def check_backend(self, backend: str) -> None:
+        """Raises EvaluationError if the backend can't honour the mode."""
+        if backend == "torch" and self.options:
+            raise EvaluationError(f"{self.label}: {', '.join(self.options)} is for vLLM; choose --backend vllm or "
+                                  "--cost-only.")
 
     def engine_arguments(self) -> dict[str, Any]:
         """Arguments of vLLM's engine; raises EvaluationError for a mode that cannot be served."""

@@ -24,7 +24,7 @@ from calibrate.evaluate.cost import Load, UseCase
 from calibrate.evaluate.errors import EvaluationError
 from calibrate.evaluate.recommend import recommendations
 from calibrate.evaluate.serving import VllmEngine
-from calibrate.evaluate.similarity import DEFAULT_PROMPTS, compare_texts, load_prompts
+from calibrate.evaluate.similarity import DEFAULT_PROMPTS, check_rouge, compare_texts, load_prompts
 from calibrate.evaluate.tasks import Task, load_task
 
 
@@ -70,9 +70,7 @@ def evaluate(options: Options) -> dict[str, Any]:
     """All numbers and settings of the report. The same options, checkpoints and cache give the same result."""
     with contextlib.ExitStack() as stack:
         models = [parse_candidate(text, stack) for text in options.models]
-        check_distinct(models)
-        if not options.cost_only:
-            check_tokenizers(models[0], models[1:])
+        _check(models, options)
         cache = Cache(options.cache or options.out / "cache")
         say("hashing the checkpoints")
         known = {directory: digest(directory) for directory in {model.directory for model in models}}
@@ -84,6 +82,22 @@ def evaluate(options: Options) -> dict[str, Any]:
         if options.serve or options.cost_only:
             result["cost"] = _cost(models, hashes, options, cache)
     return result | {"recommendations": recommendations(result)}
+
+
+def _check(models: list[Candidate], options: Options) -> None:
+    """Raises EvaluationError for what would fail later, after hours."""
+    check_distinct(models)
+    if options.serve or options.cost_only or options.backend == "vllm":
+        for model in models:
+            model.engine_arguments()
+        cost.select_use_cases(options.use_cases, options.length_scale)
+    if options.cost_only:
+        return
+    if options.prompt_limit != 0:
+        check_rouge()
+    for model in models:
+        model.check_backend(options.backend)
+    check_tokenizers(models[0], models[1:])
 
 
 def _settings(options: Options) -> dict[str, Any]:
@@ -173,13 +187,12 @@ def _about_task(task: Task) -> dict[str, Any]:
 def _cost(models: list[Candidate], hashes: dict[str, str], options: Options, cache: Cache) -> dict[str, Any]:
     """Measurements by label and use case, priced."""
     cases = cost.select_use_cases(options.use_cases, options.length_scale)
-    arguments = {model.label: options.engine | model.engine_arguments() for model in models}  # refuses before it starts
     found = {}
     for number, model in enumerate(models, 1):
         report = functools.partial(say, where=f"[{number}/{len(models)}] {model.label}: ")
         key = {"checkpoint": hashes[model.label], "mode": model.mode}
         measured = _serve(model, cases, options, cache, key, report)
-        given = arguments[model.label]
+        given = options.engine | model.engine_arguments()
         devices = int(given.get("tensor_parallel_size", 1)) * int(given.get("pipeline_parallel_size", 1))
         found[model.label] = {case.name: cost.priced(one, options.gpu_price * devices)
                               for case, one in zip(cases, measured, strict=True)}

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,6 +53,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) 
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def check_rouge() -> None:
+    """Raises EvaluationError if texts can't be compared."""
+    if importlib.util.find_spec("rouge_score") is None:
+        raise EvaluationError("Comparing texts needs rouge-score: pip install 'vllm-comet[eval]', or --prompt-limit 0.")
+
+
 def compare_texts(
     base: Sequence[list[int]], other: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Any]:
@@ -61,11 +68,8 @@ def compare_texts(
     Me Death?". ``prefix``: share of the longer answer's tokens before the first that differs. ``identical``: share of
     answers without a difference. ``semantic``: cosine of sentence embeddings, None without an embedding model.
     """
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError:
-        raise EvaluationError("Comparing texts needs rouge-score: pip install 'vllm-comet[eval]', or --prompt-limit 0.",
-                              ) from None
+    from rouge_score.rouge_scorer import RougeScorer
+
     texts = [[tokenizer.decode(tokens, skip_special_tokens=True) for tokens in side] for side in (base, other)]
     scorer = RougeScorer(["rouge1", "rougeL"])
     rouge = [scorer.score(before, after) for before, after in zip(*texts, strict=True)]
