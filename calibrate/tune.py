@@ -49,7 +49,7 @@ class TuneOptions:
 
     steps: int = 256
     tokens: int = 4096
-    code_rate: float = 0.03
+    code_rate: float = 0.0
     scale_rate: float = 1e-3
     norm_rate: float = 1e-3
     mixed_share: float = 0.5
@@ -175,7 +175,7 @@ def tune(student: PreTrainedModel, teacher: PreTrainedModel, windows: torch.Tens
     """
     device = next(student.parameters()).device
     linears = [m for m in student.modules() if isinstance(m, TunableLinear)]
-    optimizer = _optimizer(student, linears, options)
+    optimizers = _optimizers(student, linears, options)
     batch = max(1, options.tokens // windows.shape[1])
     order = _epochs(len(windows), batch * options.steps, options.seed)
     student.train()
@@ -190,15 +190,19 @@ def tune(student: PreTrainedModel, teacher: PreTrainedModel, windows: torch.Tens
         mixed -= mixed >= 1
         ids = windows[order[step * batch : (step + 1) * batch]].to(device)
         rate = 0.5 * (1 + math.cos(math.pi * step / options.steps))
-        for group in optimizer.param_groups:
+        for group in (g for optimizer in optimizers for g in optimizer.param_groups):
             group["lr"] = group["first_rate"] * rate
         with products_of_bf16():
             loss = _backward(student, teacher, ids)
         if not math.isfinite(loss):
             raise CalibrationError(f"--tune: the loss is {loss} at step {step}; lower the number of steps or check the "
                                    "model.")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for linear in linears:
+            if linear.codes.grad is not None:
+                linear.codes.grad /= linear.codes.grad.square().mean().sqrt().clamp_min(1e-30)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         mean = loss if step < 2 else 0.9 * mean + 0.1 * loss
         progress.set_postfix(kl=f"{mean:.4f}")
     if options.recompute:
@@ -235,17 +239,23 @@ def head_divergence(
     return float(total) / len(leaf), leaf.grad.view_as(hidden)
 
 
-def _optimizer(
+def _optimizers(
     student: PreTrainedModel, linears: list[TunableLinear], options: TuneOptions
-) -> torch.optim.Optimizer:
+) -> list[torch.optim.Optimizer]:
+    """Adam for scales, norms and biases. Codes move in proportion to their gradient, in units of its root mean square
+    in the layer, so that those change first that pay most; Adam's equal steps would change all of them at once."""
     student.requires_grad_(False)
+    codes = [x.codes for x in linears]
     norms = [p for name, p in student.named_parameters() if name.endswith("norm.weight")]
-    groups = [([x.codes for x in linears], options.code_rate), ([x.log_gain for x in linears], options.scale_rate),
+    groups = [([x.log_gain for x in linears], options.scale_rate),
               (norms + [x.bias for x in linears if x.bias is not None], options.norm_rate)]
-    for parameters, _ in groups:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-    return torch.optim.Adam([{"params": p, "lr": rate, "first_rate": rate} for p, rate in groups], betas=(0.9, 0.95))
+    for parameter in codes + [p for parameters, _ in groups for p in parameters]:
+        parameter.requires_grad_(True)
+    return [
+        torch.optim.SGD([{"params": codes, "lr": options.code_rate, "first_rate": options.code_rate}], momentum=0.9,
+                        dampening=0.9),
+        torch.optim.Adam([{"params": p, "lr": rate, "first_rate": rate} for p, rate in groups], betas=(0.9, 0.95)),
+    ]
 
 
 def _epochs(count: int, wanted: int, seed: int) -> torch.Tensor:

@@ -85,7 +85,7 @@ VARIANTS: dict[str, Variant] = {
     "--rotate all": Variant({"rotation": "all"}),
     "--tune 96": Variant(tune={"steps": 96, "recompute": False}),
     "--tune 96, int8 steps only": Variant(tune={"steps": 96, "recompute": False, "mixed_share": 0.0}),
-    "--tune 96, scales and norms only": Variant(tune={"steps": 96, "recompute": False, "code_rate": 0.0}),
+    "--tune 96, codes too": Variant(tune={"steps": 96, "recompute": False, "mixed_share": 0.0, "code_rate": 0.003}),
     **{f"INT8 share {share:g}": Variant(share=share, modes=("W4AxKV4",)) for share in SHARES},
 }
 
