@@ -24,25 +24,27 @@ def check_installed(names: list[str]) -> None:
         raise EvaluationError(f"{PREFIX}{names[0]} needs lm-evaluation-harness: pip install 'lm-eval'.")
 
 
-def answers(model: Candidate, names: list[str], include: Path | None, limit: int | None, engine: dict[str, Any],
-            cache: Cache, key: dict[str, Any]) -> dict[str, list[Answer]]:
-    """Answers by the task's name with the prefix. ``include``: folder with task files of one's own (YAML). ``limit``
-    takes the first items, as lm-eval does. Few-shot settings are the task's."""
+def ask(model: Candidate, names: list[str], include: Path | None, limit: int | None, engine: dict[str, Any],
+        cache: Cache, key: dict[str, Any]) -> list[tuple[Task, list[Answer]]]:
+    """Each task in this package's terms (its items carry no text) with the model's answers.
+
+    include: folder with task files of one's own (YAML). limit takes the first items, as lm-eval does. Few-shot settings
+    are the task's. Exact matches count as ``acc``. An answer's ``choice`` is the likeliest option whatever the metric.
+    """
 
     def run(wanted: list[str]) -> list[Any]:
         samples = _evaluate(model, wanted, include, limit, engine)
-        return [[asdict(_answer(sample)) for sample in samples[name]] for name in wanted]
+        return [_answers(name, samples[name]) for name in wanted]
 
     key = key | {"harness": "lm-eval", "limit": limit, "engine": engine}
     found = cache.answers(key, names, run, chunk=len(names))
-    return {PREFIX + name: [Answer.from_json(row) for row in rows]
-            for name, rows in zip(names, found, strict=True)}
+    return [_task(PREFIX + name, one) for name, one in zip(names, found, strict=True)]
 
 
-def as_tasks(names: list[str], asked: dict[str, list[Answer]]) -> list[Task]:
-    """Tasks in this package's terms; their items carry no text. Answers hold the metric to compare as ``acc_norm``."""
-    return [Task(PREFIX + name, "lm-eval", "acc_norm", tuple(Item(a.id, (), (), None) for a in asked[PREFIX + name]),
-                 len(asked[PREFIX + name]), "") for name in names]
+def _task(name: str, found: dict[str, Any]) -> tuple[Task, list[Answer]]:
+    answers = [Answer.from_json(row) for row in found["answers"]]
+    items = tuple(Item(answer.id, (), (), None) for answer in answers)
+    return Task(name, "lm-eval", found["metric"], items, len(items), ""), answers
 
 
 def _evaluate(model: Candidate, names: list[str], include: Path | None, limit: int | None,
@@ -60,15 +62,17 @@ def _evaluate(model: Candidate, names: list[str], include: Path | None, limit: i
     return found["samples"]
 
 
-def _answer(sample: dict[str, Any]) -> Answer:
-    metric = next((name for name in METRICS if name in sample), None)
+def _answers(name: str, samples: list[dict[str, Any]]) -> dict[str, Any]:
+    metric = next((metric for metric in METRICS if metric in samples[0]), None)
     if metric is None:
-        raise EvaluationError(f"An lm-eval task has none of the metrics {', '.join(METRICS)}; its items can't be "
+        raise EvaluationError(f"lm-eval's task {name} has none of the metrics {', '.join(METRICS)}; its items can't be "
                               "compared.")
-    options = sample["filtered_resps"]
-    if isinstance(options[0], (list, tuple)):
-        values = tuple(float(option[0]) for option in options)
-        choice = max(range(len(values)), key=values.__getitem__)
-    else:
-        values, choice = (), 0 if sample[metric] else -1
-    return Answer(str(sample["doc_id"]), bool(sample.get("acc", sample[metric])), bool(sample[metric]), choice, values)
+    rows = [asdict(_answer(sample, metric)) for sample in sorted(samples, key=lambda sample: sample["doc_id"])]
+    return {"metric": "acc_norm" if metric == "acc_norm" else "acc", "answers": rows}
+
+
+def _answer(sample: dict[str, Any], metric: str) -> Answer:
+    options, right = sample["filtered_resps"], bool(sample[metric])
+    values = tuple(float(option[0]) for option in options if isinstance(option, (list, tuple)))
+    choice = max(range(len(values)), key=values.__getitem__) if len(values) > 1 else 0 if right else -1
+    return Answer(str(sample["doc_id"]), bool(sample.get("acc", right)), right, choice, values)

@@ -76,9 +76,11 @@ def gain_over_base(cost: dict[str, Any], label: str, way: str) -> float | None:
 
 def _notes(result: dict[str, Any]) -> Iterator[str]:
     simulated = [m["label"] for m in result["models"] if m["simulated"]]
+    harness = any(task["kind"] == "lm-eval" for task in result.get("tasks", {}).values())
     if simulated:
         yield _note(f"Answers of {', '.join(simulated)} were computed by the torch reference that defines the format "
-                    "(simulated), not by the kernels that serve it.")
+                    "(simulated), not by the kernels that serve it"
+                    + (", but for lm-eval's tasks, which vLLM served." if harness else "."))
     if "cost" in result and not result["environment"]["gpu"]:
         yield _note("Cost was measured on a CPU. It shows how this report works and says nothing about a GPU, where "
                     "these formats are meant to run.")

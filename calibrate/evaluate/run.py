@@ -108,7 +108,9 @@ def _settings(options: Options) -> dict[str, Any]:
 
 
 def _about(model: Candidate, checkpoint: str, options: Options) -> dict[str, Any]:
-    simulated = options.backend == "torch" and not options.cost_only
+    harness_only = options.prompt_limit == 0 and not options.ppl and options.tasks is not None and all(
+        name.startswith(lm_eval_tasks.PREFIX) for name in options.tasks)
+    simulated = options.backend == "torch" and not options.cost_only and not harness_only
     return {"label": model.label, "mode": model.mode, "what": model.describe(simulated),
             "simulated": simulated and model.activations is not None, "sha256": checkpoint, "bytes": model.size()}
 
@@ -118,9 +120,8 @@ def _accuracy(models: list[Candidate], hashes: dict[str, str], options: Options,
     answers = {}
     for number, model in enumerate(models, 1):
         report = functools.partial(say, where=f"[{number}/{len(models)}] {model.label}: ")
-        answers[model.label] = _answers(model, hashes[model.label], questions, options, cache, report)
+        answers[model.label], tasks = _answers(model, hashes[model.label], questions, options, cache, report)
     base = answers[models[0].label]
-    tasks = [*questions.tasks, *lm_eval_tasks.as_tasks(questions.lm_eval, base.tasks)]
     tokenizer = models[0].tokenizer()
     found: dict[str, Any] = {
         "tasks": {task.name: _about_task(task) for task in tasks},
@@ -159,7 +160,8 @@ def _task(name: str, options: Options) -> Task | None:
 
 
 def _answers(model: Candidate, checkpoint: str, questions: Questions, options: Options, cache: Cache,
-             report: Callable[[str], None]) -> Answers:
+             report: Callable[[str], None]) -> tuple[Answers, list[Task]]:
+    """What the model answered, and to which tasks."""
     longest = questions.longest(model.tokenizer()) if options.backend == "vllm" else 0
     backend = BackendOptions(options.backend, options.device, options.dtype, longest + 1, options.engine)
     key = {"checkpoint": checkpoint, "mode": model.mode}
@@ -171,10 +173,11 @@ def _answers(model: Candidate, checkpoint: str, questions: Questions, options: O
             return stack.enter_context(open_backend(model, model.tokenizer(), backend))
 
         found = Asker(cache, key | backend.settings(), opened, report).ask(questions)
-    if questions.lm_eval:
-        found.tasks.update(lm_eval_tasks.answers(model, questions.lm_eval, options.data, options.limit, options.engine,
-                                                 cache, key))
-    return found
+    if not questions.lm_eval:
+        return found, questions.tasks
+    harness = lm_eval_tasks.ask(model, questions.lm_eval, options.data, options.limit, options.engine, cache, key)
+    found.tasks.update((task.name, answers) for task, answers in harness)
+    return found, [*questions.tasks, *(task for task, _ in harness)]
 
 
 def _about_task(task: Task) -> dict[str, Any]:
