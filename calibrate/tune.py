@@ -5,10 +5,10 @@ Calibration sees one layer at a time and stops at its squared error. Tuning sees
 divergence between the two models' next-token distributions on the calibration text, with weights, activations and KV
 cache rounded as they are when served (rounding passes gradients straight through, Bengio et al. 2013; distillation
 instead of the labels follows LLM-QAT, Liu et al. 2023). Steps take the precision of the activations in turn, so one
-checkpoint serves ``int8`` and ``mixed``. What is trained is what the checkpoint stores: codes, row scales, norms and
-biases; group scales, permutations, block precisions, embedding and head stay.
+checkpoint serves ``int8`` and ``mixed``. What is trained is what the checkpoint stores as floats, row scales, norms and
+biases, and if asked for the codes; group scales, permutations, block precisions, embedding and head stay.
 
-It needs the model, twice, and about 12 bytes a weight in memory, so it is meant for a GPU and for models that fit.
+It holds the model in memory, twice (about 8 bytes a weight, 16 with codes), so it is meant for a GPU.
 """
 
 from __future__ import annotations
@@ -245,17 +245,17 @@ def _optimizers(
     """Adam for scales, norms and biases. Codes move in proportion to their gradient, in units of its root mean square
     in the layer, so that those change first that pay most; Adam's equal steps would change all of them at once."""
     student.requires_grad_(False)
-    codes = [x.codes for x in linears]
+    codes = [x.codes for x in linears] if options.code_rate else []
     norms = [p for name, p in student.named_parameters() if name.endswith("norm.weight")]
     groups = [([x.log_gain for x in linears], options.scale_rate),
               (norms + [x.bias for x in linears if x.bias is not None], options.norm_rate)]
     for parameter in codes + [p for parameters, _ in groups for p in parameters]:
         parameter.requires_grad_(True)
-    return [
-        torch.optim.SGD([{"params": codes, "lr": options.code_rate, "first_rate": options.code_rate}], momentum=0.9,
-                        dampening=0.9),
-        torch.optim.Adam([{"params": p, "lr": rate, "first_rate": rate} for p, rate in groups], betas=(0.9, 0.95)),
-    ]
+    adam = torch.optim.Adam([{"params": p, "lr": rate, "first_rate": rate} for p, rate in groups], betas=(0.9, 0.95))
+    if not codes:
+        return [adam]
+    return [adam, torch.optim.SGD([{"params": codes, "lr": options.code_rate, "first_rate": options.code_rate}],
+                                  momentum=0.9, dampening=0.9)]
 
 
 def _epochs(count: int, wanted: int, seed: int) -> torch.Tensor:
