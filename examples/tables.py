@@ -12,7 +12,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 GEMM_MODES = ["comet-g128", "comet-g64", "comet-channel", "marlin-w4a16", "machete-w4a16", "cutlass-w8a8-int8",
-              "cutlass-fp8"]
+              "cutlass-fp8", "cutlass-w4a8-fp8"]
 GEMM_ROWS = [1, 16, 64, 128, 256, 1024, 4096]
 BASELINE = "bf16"
 
