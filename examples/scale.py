@@ -112,8 +112,8 @@ def main() -> None:
         rows.append(pool.submit(measure, name, int(layers), args.samples, args.length, budget, args.folder).result())
         pool.shutdown()
         print(rows[-1], flush=True)
-        given = [f"--{key} {value}" for key, value in vars(args).items()
-                 if key in ("samples", "length") and value != parser.get_default(key)]
+        given = [f"--{key.replace('_', '-')} {value}" for key, value in vars(args).items()
+                 if key in ("samples", "length", "host_memory") and value != parser.get_default(key)]
         env = environment() | {"command": " ".join(["python examples/scale.py", *args.models, *given,
                                                     f"--out {args.out.name}"])}
         write_results(args.out, rows, env | ({"commit": args.commit} if args.commit else {}))

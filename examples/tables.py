@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, mean
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -118,7 +118,7 @@ def scale() -> Iterator[str]:
         yield ""
         yield from table(["model", "layers measured", "seconds a layer", "whole model", "GPU memory", "host memory"], [
             [row["model"], f"{row['layers']} of {row['of_layers']}",
-             f"{60 * row['projected_minutes'] / row['of_layers']:.1f}",
+             f"{mean(row['layer_seconds'][1:] or row['layer_seconds']):.1f}",
              f"{row['projected_minutes']:.0f} min (projected)",
              f"{row['gpu_peak_gib']:.1f} GiB", f"{row['host_peak_gib']:.1f} GiB"] for row in found["rows"]])
 

@@ -57,16 +57,26 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, text, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_a_plan_of_70b_fits_its_limits():
-    """128 samples of 2048 tokens on a GPU: at most 24 GiB of its memory and of the host's."""
+def large_plan(hidden: int, intermediate: int, heads: int) -> Plan:
+    """128 samples of 2048 tokens on a GPU."""
     from transformers import LlamaConfig
 
-    config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_key_value_heads=8,
-                         num_hidden_layers=80, architectures=["LlamaForCausalLM"])
-    plan = Plan(Dims.of(config), family_of(config), fmt.CometFormat(64, kv_cache=fmt.KVCacheFormat(128)), 141 * 10**9,
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads,
+                         num_key_value_heads=8, num_hidden_layers=80, architectures=["LlamaForCausalLM"])
+    return Plan(Dims.of(config), family_of(config), fmt.CometFormat(64, kv_cache=fmt.KVCacheFormat(128)), 141 * 10**9,
                 128 * 2048, torch.device("cuda"), 24 * 2**30, 2**40)
-    assert 15 * 2**30 < plan.layer_bytes < 24 * 2**30
-    assert 15 * 2**30 < plan.hidden_bytes < 24 * 2**30 and plan.hidden_on_gpu == 0
+
+
+def test_the_plan_knows_the_measured_memory():
+    measured = json.loads(Path(__file__).parents[1].joinpath("examples/results/scale-nvidia-h200.json").read_text())
+    plan = large_plan(4096, 14336, 32)
+    assert plan.hidden_on_gpu == plan.hidden_bytes
+    assert (plan.layer_bytes + plan.hidden_bytes) / 2**30 == pytest.approx(measured["rows"][0]["gpu_peak_gib"], rel=0.1)
+
+
+def test_hidden_states_of_70b_go_to_the_host():
+    plan = large_plan(8192, 28672, 64)
+    assert plan.hidden_on_gpu == plan.spilled == 0 and plan.hidden_bytes < 20 * 2**30
     assert plan.kv_bytes == (80 * 8 * 136, 80 * 8 * 512)
 
 
