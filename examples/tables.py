@@ -77,7 +77,8 @@ def attention() -> Iterator[str]:
 def serve() -> Iterator[str]:
     for path in sorted(RESULTS.glob("serve-*.json")):
         found = json.loads(path.read_text())
-        yield f"**Whole models, random weights**, one GPU. {source(path, found)}"
+        yield (f"**Whole models, random weights**, one GPU; KV tokens in {found['engines'][0]['gpu_memory_gib']} GiB. "
+               f"{source(path, found)}")
         for model in dict.fromkeys(row["model"] for row in found["rows"]):
             rows = [row for row in found["rows"] if row["model"] == model and "error" not in row]
             yield from ["", f"{model}: tokens/s, prompts included, and the ratio to {BASELINE}.", ""]

@@ -119,7 +119,8 @@ def test_the_readmes_table_gives_no_ratio_to_what_ran_other_kernels(tmp_path, mo
 
     results = serve_report.Results(tmp_path / "serve-x.json", [])
     for mode, speed, fallback in (("bf16", 100.0, None), ("comet", 250.0, None), ("w4a16", 300.0, "lacks Machete")):
-        results.add_engine({"model": "m", "mode": mode, "kv_tokens": 1000, "fallback": fallback})
+        results.add_engine({"model": "m", "mode": mode, "kv_tokens": 1000, "gpu_memory_gib": 72,
+                            "fallback": fallback})
         results.add_row(row(mode, speed))
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     lines = list(tables.serve())

@@ -112,7 +112,7 @@ def _print_rows(rows: list[dict[str, Any]], model: str) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
-    """Bars of the speed over bf16, one group a workload, one panel a model; below, the replay's latencies by rate."""
+    """Bars of the speed over bf16, a group a workload, a panel a model; below, the replay's latencies by rate, if any."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,7 +121,9 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
     models = list(dict.fromkeys(r["model"] for r in rows))
     if not models:
         return
-    figure, axes = plt.subplots(2, len(models), figsize=(8 * len(models), 8), squeeze=False, layout="constrained")
+    panels = 2 if any("@" in r["workload"] for r in rows) else 1
+    size = 8 * len(models), 4.5 * panels
+    figure, axes = plt.subplots(panels, len(models), figsize=size, squeeze=False, layout="constrained")
     for column, model in enumerate(models):
         table = {w: by for w, by in speedups(rows, model).items() if "@" not in w}
         modes = list(dict.fromkeys(mode for by in table.values() for mode in by))
@@ -129,11 +131,12 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
         for i, mode in enumerate(modes):
             places = [place + i * width for place, by in enumerate(table.values()) if mode in by]
             axes[0][column].bar(places, [by[mode] for by in table.values() if mode in by], width, label=mode)
-        axes[0][column].set_xticks([place + 0.4 for place in range(len(table))], list(table), rotation=15)
+        axes[0][column].set_xticks([place + 0.3 for place in range(len(table))], list(table), rotation=15)
         axes[0][column].set(ylabel="tokens/s over bf16", title=f"{model}, {device}")
         axes[0][column].grid(alpha=0.3, axis="y")
-        axes[0][column].legend(fontsize="small")
-        _plot_replay(axes[1][column], [r for r in rows if r["model"] == model and "error" not in r])
+        axes[0][column].legend(fontsize="small", loc="lower right", framealpha=0.95)
+        if panels == 2:
+            _plot_replay(axes[1][column], [r for r in rows if r["model"] == model and "error" not in r])
     figure.savefig(path, dpi=110)
 
 
