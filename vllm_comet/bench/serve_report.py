@@ -112,7 +112,7 @@ def _print_rows(rows: list[dict[str, Any]], model: str) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
-    """Bars of the speed over bf16, a group a workload, a panel a model; below, the replay's latencies by rate, if any."""
+    """Bars of the speed over bf16, a group a workload, a panel a model; below, the replay's latencies, if any."""
     import matplotlib
 
     matplotlib.use("Agg")
