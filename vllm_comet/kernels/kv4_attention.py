@@ -68,21 +68,11 @@ def attention_ref(
 if INTERPRET:
 
     @triton.jit
-    def prefetch(pointers):
-        """Bring what ``pointers`` point to into the L2, without waiting for it."""
-
-    @triton.jit
     def nibbles(lanes, plane: tl.constexpr):
         """Nibble ``plane`` of int16 lanes as fp16: code · 2⁻²⁴ for planes 0 and 2, code · 2⁻²⁰ for 1 and 3."""
         return ((lanes >> (8 * (plane // 2))) & (15 << (4 * (plane % 2)))).to(tl.float16, bitcast=True)
 
 else:
-
-    @triton.jit
-    def prefetch(pointers):
-        """Bring what ``pointers`` point to into the L2, without waiting for it."""
-        tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], tl.int32,
-                                  is_pure=False, pack=1)  # fmt: skip
 
     @triton.jit
     def nibbles(lanes, plane: tl.constexpr):
