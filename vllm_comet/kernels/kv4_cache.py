@@ -38,12 +38,18 @@ def bytes_per_token(head_dim: int, group_size: int) -> int:
     return head_dim + 2 * (head_dim // group_size) * 4
 
 
-def page_views(cache: torch.Tensor, head_dim: int, group_size: int) -> PageViews:
-    """Planes of ``cache`` ``[B, H, block_size, C]`` uint8; a (page, head) must be contiguous."""
-    pages, heads, block_size, content = cache.shape
+def check_pages(cache: torch.Tensor, head_dim: int, group_size: int) -> None:
+    """Raise ValueError unless ``cache`` ``[B, H, block_size, C]`` uint8 holds contiguous 4-bit pages per head."""
+    content = cache.shape[3]
     if content != bytes_per_token(head_dim, group_size) or cache.stride()[2:] != (content, 1):
         raise ValueError(f"KV cache of shape {tuple(cache.shape)} and strides {cache.stride()} is not a 4-bit page of "
                          f"head_dim {head_dim} and group_size {group_size}: a (page, head) must be contiguous.")
+
+
+def page_views(cache: torch.Tensor, head_dim: int, group_size: int) -> PageViews:
+    """Planes of ``cache`` ``[B, H, block_size, C]`` uint8; a (page, head) must be contiguous."""
+    check_pages(cache, head_dim, group_size)
+    pages, heads, block_size, content = cache.shape
     groups = head_dim // group_size
     page = cache.as_strided((pages, heads, block_size * content), (cache.stride(0), cache.stride(1), 1))
     codes, meta = block_size * head_dim // 2, block_size * groups * 4
@@ -210,7 +216,7 @@ def store_kv(
     """
     require_triton("store_kv")
     tokens, (_, heads, head_dim) = slot_mapping.shape[0], key.shape
-    page_views(cache, head_dim, group_size)  # checks the layout
+    check_pages(cache, head_dim, group_size)
     if tokens == 0:
         return
     round_trip = key_out is not None and value_out is not None

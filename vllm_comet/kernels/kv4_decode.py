@@ -16,7 +16,7 @@ import torch
 
 from vllm_comet.kernels._triton import require_triton, tl, triton
 from vllm_comet.kernels.kv4_attention import dequantize, meta_scale, meta_zero, nibbles
-from vllm_comet.kernels.kv4_cache import page_views
+from vllm_comet.kernels.kv4_cache import check_pages
 
 MAX_GROUP = 16
 """Query heads per KV head: they are the 16 rows of a tensor-core instruction."""
@@ -324,7 +324,7 @@ def decode(
         raise ValueError(f"{num_heads} query heads over {num_kv_heads} KV heads; allowed: 1 to {MAX_GROUP} per one.")
     if tile.tokens % block_size and block_size % tile.tokens:
         raise ValueError(f"block size {block_size}; allowed: multiples and divisors of {tile.tokens}.")
-    page_views(cache, head_dim, group_size)  # checks the layout
+    check_pages(cache, head_dim, group_size)
     part_rows, fill = _part_rows(num_heads, num_kv_heads), scratch.lse.shape[0]
     expand = group_size % (head_dim // 4) != 0
     # Only the merge kernel starts early: decode kernels that did took up to 17 us longer on an H200, and their programs

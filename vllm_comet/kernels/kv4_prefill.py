@@ -16,7 +16,7 @@ import torch
 
 from vllm_comet.kernels._triton import require_triton, tl, triton
 from vllm_comet.kernels.kv4_attention import dequantize, meta_scale, meta_zero
-from vllm_comet.kernels.kv4_cache import page_views
+from vllm_comet.kernels.kv4_cache import check_pages
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def prefill(
         raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads.")
     if tile.tokens % block_size and block_size % tile.tokens:
         raise ValueError(f"block size {block_size}; allowed: multiples and divisors of {tile.tokens}.")
-    page_views(cache, head_dim, group_size)  # checks the layout
+    check_pages(cache, head_dim, group_size)
     heads = triton.next_power_of_2(group)
     queries = max(1, tile.rows // heads)
     grid = (triton.cdiv(max_query_len, queries), num_kv_heads, seq_lens.shape[0])
@@ -216,7 +216,7 @@ def gather_kv(
     require_triton("gather_kv")
     _, num_kv_heads, block_size, _ = cache.shape
     head_dim = key.shape[2]
-    page_views(cache, head_dim, group_size)  # checks the layout
+    check_pages(cache, head_dim, group_size)
     if not (key.is_contiguous() and value.is_contiguous()):
         raise ValueError("key and value must be contiguous tensors [tokens, H, D].")
     grid = (triton.cdiv(max_seq_len, 32), num_kv_heads, key_start_loc.shape[0] - 1)
