@@ -20,6 +20,7 @@ logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below "v
 DUMMY_INT8_SHARE = 0.16
 """Share of INT8 blocks of ``--load-format dummy``: the calibrator's default."""
 _compiled: set[tuple] = set()
+"""Shapes and settings whose kernels this process has compiled."""
 
 
 @register_weight_loader_v2_supported_method
@@ -83,12 +84,13 @@ class CometLinearMethod(LinearMethodBase):
 
     def _compile_kernels_once(self, layer: torch.nn.Module) -> None:
         """Layers of one shape share their kernels; the first of them compiles what the engine's batches can need."""
-        kernel, bias = layer.comet_kernel, getattr(layer, "bias", None)
-        key = (kernel.n, kernel.k, kernel.split in (0, kernel.k), kernel.perm is None, self.low_bits, bias is None)
+        kernel, bias, config = layer.comet_kernel, getattr(layer, "bias", None), get_current_vllm_config()
+        tokens, dtype = config.scheduler_config.max_num_batched_tokens, config.model_config.dtype
+        key = (kernel.n, kernel.k, kernel.group_size, kernel.split in (0, kernel.k), kernel.perm is None, self.low_bits,
+               bias is None, tokens, dtype)
         if key not in _compiled:
             _compiled.add(key)
-            config = get_current_vllm_config()
-            kernel.compile_kernels(config.scheduler_config.max_num_batched_tokens, bias, config.model_config.dtype)
+            kernel.compile_kernels(tokens, bias, dtype)
 
     def _local_permutation(self, layer: torch.nn.Module, parameter: Any) -> torch.Tensor | None:
         """The permutation within this rank's slice of K, or None if the checkpoint has none for this layer."""
