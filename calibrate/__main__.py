@@ -33,9 +33,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
                         "of its mean (default: %(default)s)")
     parser.add_argument("--rotate", choices=("none", "heads", "all"), default="none", help="spread outliers by an "
                         "exact rotation: of V in each head, or also of the residual stream (default: %(default)s)")
-    parser.add_argument("--tune", type=_positive, metavar="STEPS", default=0, help="experimental: then train scales and "
-                        "norms end to end against the original model, about a hundred steps; holds both models in memory, "
-                        "for a GPU")
+    parser.add_argument("--tune", type=_positive, metavar="STEPS", default=0, help="experimental: then train scales "
+                        "and norms end to end against the original model, about a hundred steps; holds both models in "
+                        "memory, for a GPU")
     parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="hidden states stay on the GPU as far as this "
                         "leaves room for one layer (default: 24, or most of a smaller GPU)")
     parser.add_argument("--host-memory", type=float, metavar="GIB", help="hidden states beyond this go to files in "
