@@ -48,10 +48,12 @@ class Layer:
             if INTERPRET:
                 monkeypatch.setattr(prefill, "_flash_attention", lambda *_: (flash_in_torch, "torch"))
             self.impl.prefill = prefill.choose(config, HEADS, HEAD_DIM)
+            self.impl.prefill.compiled = True  # else the first call gathers fresh prompts too
             lock_workspace()
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=HEADS, head_size=HEAD_DIM, dtype=DTYPE)
         self.builder = CometMetadataBuilder(spec, [], config, DEVICE)
         self.builder.scratch = {window: kv4_decode.make_scratch(8, HEADS * REPEAT, HEADS, HEAD_DIM, DEVICE)}
+        self.builder.flash = self.impl.prefill if flash else None
         width = MAX_LEN // BLOCK
         self.table = torch.randperm(requests * width, device=DEVICE).to(torch.int32).view(requests, width)
         content = kv4_cache.bytes_per_token(HEAD_DIM, GROUP_SIZE)
@@ -71,10 +73,9 @@ class Layer:
             block_table_tensor=table, slot_mapping=slots, seq_lens_cpu_upper_bound=lens,
         )  # fmt: skip
         q, key, value = qkv
-        kv4_cache.store_kv(key, value, self.cache, slots, GROUP_SIZE)
         batch = self.builder.build(0, common)
         out = torch.full_like(q, float("nan"))
-        self.impl._forward_gpu(q, self.cache, batch, out)
+        self.impl._forward_gpu(q, key, value, self.cache, batch, out)
         return out, batch, attention_ref(
             q, self.cache, table, starts, lens, GROUP_SIZE, self.impl.scale, self.impl.sliding_window)
 
@@ -104,8 +105,20 @@ def test_mixed_step(monkeypatch, flash, window):
     queries = [1, 1, 20, 10, 17, 5]
     lengths = [b + n for b, n in zip(before, queries, strict=True)]
     out, batch, ref = layer.step([0, 1, 2, 3, 4, 5], draw(sum(queries)), lengths, queries)
-    assert batch.num_decodes == 2 and [run.max_seq_len for run in batch.prefills] == [70, 100]
+    assert batch.num_decodes == 2 and [run.max_seq_len for run in batch.prefills] == [17, 70, 100]
     assert relative_error(out, ref) < HALF_PRECISION
+
+
+def test_fresh_prompts_between_others(monkeypatch):
+    """Their K and V in the workspace are used before gathering for the others overwrites them."""
+    layer = Layer(monkeypatch, None, flash=True)
+    layer.step([1], draw(30), [30], [30])
+    layer.impl.prefill.compiled = False
+    queries, lengths = [12, 9, 20, 5], [12, 39, 20, 5]
+    for compiled in (False, True):  # the first call gathers for fresh prompts too
+        out, batch, ref = layer.step([0, 1, 2, 3], draw(sum(queries)), lengths, queries)
+        assert [(run.fresh, run.rows.start) for run in batch.prefills] == [(True, 0), (True, 21), (False, 12)]
+        assert relative_error(out, ref) < HALF_PRECISION, compiled
 
 
 @pytest.mark.parametrize("flash", [True, False])

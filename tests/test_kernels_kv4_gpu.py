@@ -19,7 +19,7 @@ from vllm_comet.kernels.kv4_cache import (
     store_kv_ref,
 )
 from vllm_comet.kernels.kv4_decode import decode, make_scratch, plan
-from vllm_comet.kernels.kv4_prefill import gather_kv, prefill, prefill_flash
+from vllm_comet.kernels.kv4_prefill import flash_attention, gather_kv, prefill
 
 pytest.importorskip("triton")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -243,7 +243,7 @@ def flash_in_torch(
 
 
 @pytest.mark.parametrize("window", [None, 20])
-def test_prefill_flash_hands_over_the_right_arguments(window):
+def test_flash_attention_over_gathered_keys(window):
     lengths, queries, heads = [40, 9], [12, 9], 2
     cache, table = paged(lengths, heads, 64, 32, 16, seed=11)
     q = torch.randn(sum(queries), 2 * heads, 64, device=DEVICE)
@@ -251,7 +251,8 @@ def test_prefill_flash_hands_over_the_right_arguments(window):
     ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=DEVICE)
     workspace = torch.full((2, 60, heads, 64), float("nan"), device=DEVICE)
     out = torch.full_like(q, float("nan"))
-    prefill_flash(flash_in_torch, q, cache, table, starts, ends, 12, 40, 32, 0.1, window, out, workspace)
+    gather_kv(cache, table, ends, 40, 32, *workspace)
+    flash_attention(flash_in_torch, q, *workspace, starts, ends, 12, 40, 0.1, window, out)
     lens = torch.tensor(lengths, device=DEVICE)
     assert relative_error(out, attention_ref(q, cache, table, starts, lens, 32, 0.1, window)) < 1e-5
 

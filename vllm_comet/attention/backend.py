@@ -39,7 +39,7 @@ BLOCK_SIZE_MULTIPLE = 16
 class CometAttentionBackend(AttentionBackend):
     """Subclassed per KV group size by :func:`backend_for`; the class itself only says what is supported."""
 
-    forward_includes_kv_cache_update = False
+    forward_includes_kv_cache_update = True  # one call from Python a layer, not two, wherever no CUDA graph covers it
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     group_size: ClassVar[int] = 0
 
@@ -102,8 +102,10 @@ class CometAttentionMetadata(AttentionMetadata):
     query_start_loc: torch.Tensor  # int32 [R + 1]
     seq_lens: torch.Tensor  # int32 [R], tokens in the cache including this step's
     block_table: torch.Tensor  # int32 [R, P]
+    slot_mapping: torch.Tensor  # int64 [T or more], −1 where the batch is padded
     prefills: list[prefill.PrefillRun] = field(default_factory=list)  # the other requests; GPU only
     scratch: dict[int | None, kv4_decode.DecodeScratch] = field(default_factory=dict)  # by sliding window; GPU only
+    workspace: tuple[torch.Tensor, torch.Tensor] | tuple[None, None] = (None, None)  # K and V for FlashAttention
 
 
 class CometMetadataBuilder(AttentionMetadataBuilder[CometAttentionMetadata]):
@@ -119,10 +121,13 @@ class CometMetadataBuilder(AttentionMetadataBuilder[CometAttentionMetadata]):
         self.head_dim = kv_cache_spec.head_size
         self.workspace_tokens = prefill.workspace_tokens(vllm_config)
         self.scratch: dict[int | None, kv4_decode.DecodeScratch] = {}
+        self.flash: prefill.FlashPrefill | None = None
         if device.type == "cuda":
             layers = [vllm_config.compilation_config.static_forward_context[name] for name in layer_names]
             requests = vllm_config.scheduler_config.max_num_seqs
             for layer in layers:
+                if isinstance(layer.impl.prefill, prefill.FlashPrefill):
+                    self.flash = layer.impl.prefill
                 if layer.sliding_window not in self.scratch:
                     self.scratch[layer.sliding_window] = kv4_decode.make_scratch(
                         requests, layer.num_heads, layer.num_kv_heads, self.head_dim, device)
@@ -136,14 +141,18 @@ class CometMetadataBuilder(AttentionMetadataBuilder[CometAttentionMetadata]):
         decodes, prefills, _, _ = split_decodes_and_prefills(common, decode_threshold=1)
         for window, scratch in self.scratch.items() if decodes else ():
             kv4_decode.plan(common.seq_lens[:decodes], window, self.head_dim, scratch)
+        runs = prefill.split(common, decodes, self.workspace_tokens) if self.scratch and prefills else []
+        workspace = self.flash.workspace().unbind() if self.flash and runs else (None, None)
         return CometAttentionMetadata(
             num_actual_tokens=common.num_actual_tokens,
             num_decodes=decodes,
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
-            prefills=prefill.split(common, decodes, self.workspace_tokens) if self.scratch and prefills else [],
+            slot_mapping=common.slot_mapping,
+            prefills=runs,
             scratch=self.scratch,
+            workspace=workspace,
         )
 
 
@@ -184,19 +193,6 @@ class CometAttentionImpl(AttentionImpl[CometAttentionMetadata]):
         """Bytes of K and V per token and KV head."""
         return kv4_cache.bytes_per_token(self.head_size, self.group_size)
 
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Quantise this step's K and V ``[T, H, D]`` into the pages; slots are −1 where the batch is padded."""
-        tokens = slot_mapping.shape[0]
-        store = kv4_cache.store_kv if kv_cache.is_cuda else kv4_cache.store_kv_ref
-        store(key[:tokens], value[:tokens], kv_cache, slot_mapping, self.group_size)
-
     def forward(
         self,
         layer: torch.nn.Module,
@@ -209,25 +205,31 @@ class CometAttentionImpl(AttentionImpl[CometAttentionMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of ``query`` ``[T, Hq, D]`` over the pages into ``output``; its K and V are stored already."""
+        """Store ``key``, ``value`` ``[T, H, D]``, then attend with ``query`` ``[T, Hq, D]`` to the pages."""
         if attn_metadata is None:  # vLLM's profiling run
             return output.fill_(0)
-        tokens = attn_metadata.num_actual_tokens
         if kv_cache.is_cuda:
-            self._forward_gpu(query[:tokens], kv_cache, attn_metadata, output[:tokens])
+            self._forward_gpu(query, key, value, kv_cache, attn_metadata, output)
         else:
+            tokens, slots = attn_metadata.num_actual_tokens, attn_metadata.slot_mapping
+            kv4_cache.store_kv_ref(key[: len(slots)], value[: len(slots)], kv_cache, slots, self.group_size)
             kv4_cpu.attention(
                 query[:tokens], kv_cache, attn_metadata.block_table, attn_metadata.query_start_loc,
                 attn_metadata.seq_lens, self.group_size, self.scale, self.sliding_window, output[:tokens])
         return output
 
     def _forward_gpu(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, batch: CometAttentionMetadata, output: torch.Tensor
-    ) -> None:
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
+        batch: CometAttentionMetadata, output: torch.Tensor,
+    ) -> None:  # fmt: skip
         n, window = batch.num_decodes, self.sliding_window
+        fresh = bool(batch.prefills) and batch.prefills[0].fresh
+        kv4_cache.store_kv(
+            key, value, kv_cache, batch.slot_mapping, self.group_size, *(batch.workspace if fresh else ()))
         if n:
             kv4_decode.decode(
                 query[:n], kv_cache, batch.block_table[:n], self.group_size, self.scale, window, output[:n],
                 batch.scratch[window])
         for run in batch.prefills:
-            self.prefill(query[run.rows], kv_cache, run, self.group_size, self.scale, window, output[run.rows])
+            self.prefill(query[run.rows], kv_cache, run, self.group_size, self.scale, window, output[run.rows],
+                         *batch.workspace)

@@ -24,7 +24,7 @@ import torch
 from vllm_comet.bench.timing import environment, graph_us, write_results
 from vllm_comet.kernels.kv4_cache import bytes_per_token, store_kv
 from vllm_comet.kernels.kv4_decode import decode, make_scratch, plan
-from vllm_comet.kernels.kv4_prefill import prefill, prefill_flash
+from vllm_comet.kernels.kv4_prefill import flash_attention, gather_kv, prefill
 
 BLOCK = 16
 CHUNK = 2048
@@ -103,22 +103,25 @@ class Comet:
     def prefill(
         self, q: torch.Tensor, key: torch.Tensor, value: torch.Tensor, batch: int, context: int, flash: Any
     ) -> Calls:
-        """Store the newest tokens, then attend: by FlashAttention over gathered K and V, or over the pages if None."""
+        """Store the newest tokens, then attend: by FlashAttention over K and V as stored, or over the pages if None."""
         queries, out = len(q) // batch, torch.empty_like(q)
         table = _tables(batch, context, len(self.cache), ROTATED_BYTES)[0]
         position = torch.arange(context - queries, context, device="cuda")
         slots = (table[:, position // BLOCK].long() * BLOCK + position % BLOCK).flatten()
         starts, ends = _ints([i * queries for i in range(batch + 1)]), _ints([i * context for i in range(batch + 1)])
         lens = _ints([context] * batch)
-        workspace = torch.empty(2, batch * context, *key.shape[1:], dtype=key.dtype, device="cuda")
+        workspace = torch.empty(2, batch * context, *key.shape[1:], dtype=key.dtype, device="cuda").unbind()
+
+        fresh = flash is not None and queries == context
 
         def run() -> None:
-            store_kv(key, value, self.cache, slots, self.group_size)
+            store_kv(key, value, self.cache, slots, self.group_size, *(workspace if fresh else ()))
             if flash is None:
                 prefill(q, self.cache, table, starts, lens, queries, self.group_size, self.scale, None, out)
-            else:
-                prefill_flash(flash, q, self.cache, table, starts, ends, queries, context, self.group_size, self.scale,
-                              None, out, workspace)  # fmt: skip
+                return
+            if not fresh:
+                gather_kv(self.cache, table, ends, context, self.group_size, *workspace)
+            flash_attention(flash, q, *workspace, starts, ends, queries, context, self.scale, None, out)
 
         return [run]
 

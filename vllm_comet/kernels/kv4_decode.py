@@ -340,7 +340,7 @@ def decode(
     )  # fmt: skip
     if requests < fill:  # else every request is one part
         warps, elements, chunk = _merge_tile(requests)
-        _merge_kernel[(requests, num_kv_heads, triton.cdiv(head_dim * part_rows, elements))](
+        _merge_kernel[(requests, num_kv_heads, -(-head_dim * part_rows // elements))](
             scratch.spans, scratch.partial, scratch.lse, out, out.stride(0),
             GROUP=group, D=head_dim, PART_ROWS=part_rows, E=elements, CHUNK=chunk, PDL=pdl,
             num_warps=warps, launch_pdl=pdl,

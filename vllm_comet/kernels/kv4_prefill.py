@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prefill attention over the 4-bit KV cache, and the gather that lets FlashAttention read the cache.
 
-``prefill`` attends to pages directly and needs no other library. ``prefill_flash`` gathers K̂ and V̂ of whole requests
-to a workspace in the model's dtype and runs FlashAttention over it: the same attention several times faster, as
+``prefill`` attends to pages directly and needs no other library. ``gather_kv`` gathers K̂ and V̂ of whole requests to a
+workspace in the model's dtype, over which ``flash_attention`` runs: the same attention several times faster, as
 gathering costs by the token, attention by tokens times context. Arithmetic: ``kv4_attention``.
 """
 
@@ -47,7 +47,8 @@ def _dequantized(
     return tl.reshape(tl.join(tl.join(planes[0], planes[2]), tl.join(planes[1], planes[3])), (T, 4 * LANES))
 
 
-@triton.jit(do_not_specialize=["window"])
+# Tables and lengths of a part of a batch begin anywhere.
+@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["table_ptr", "starts_ptr", "seq_lens_ptr"])
 def _prefill_kernel(
     q_ptr, codes_ptr, meta_ptr, table_ptr, starts_ptr, seq_lens_ptr, out_ptr,
     window, scale_log2, stride_q: tl.int64, stride_out: tl.int64, stride_table: tl.int64, stride_page, stride_head,
@@ -156,7 +157,7 @@ def prefill(
     check_pages(cache, head_dim, group_size)
     heads = triton.next_power_of_2(group)
     queries = max(1, tile.rows // heads)
-    grid = (triton.cdiv(max_query_len, queries), num_kv_heads, seq_lens.shape[0])
+    grid = (-(-max_query_len // queries), num_kv_heads, seq_lens.shape[0])
     _prefill_kernel[grid](
         q, cache.view(torch.int16), cache.view(torch.int32), block_table, query_start_loc, seq_lens, out,
         2**30 if window is None else window, scale * math.log2(math.e), q.stride(0), out.stride(0),
@@ -168,7 +169,7 @@ def prefill(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["table_ptr", "starts_ptr"])
 def _gather_kernel(
     codes_ptr, meta_ptr, table_ptr, starts_ptr, key_ptr, value_ptr,
     stride_table: tl.int64, stride_page, stride_head, stride_out: tl.int64,
@@ -219,7 +220,7 @@ def gather_kv(
     check_pages(cache, head_dim, group_size)
     if not (key.is_contiguous() and value.is_contiguous()):
         raise ValueError("key and value must be contiguous tensors [tokens, H, D].")
-    grid = (triton.cdiv(max_seq_len, 32), num_kv_heads, key_start_loc.shape[0] - 1)
+    grid = (-(-max_seq_len // 32), num_kv_heads, key_start_loc.shape[0] - 1)
     _gather_kernel[grid](
         cache.view(torch.int16), cache.view(torch.int32), block_table, key_start_loc, key, value,
         block_table.stride(0), cache.stride(0) // 2, cache.stride(1) // 2, key.stride(0),
@@ -228,28 +229,23 @@ def gather_kv(
     )  # fmt: skip
 
 
-def prefill_flash(
+def flash_attention(
     flash: Callable[..., object],
     q: torch.Tensor,
-    cache: torch.Tensor,
-    block_table: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     query_start_loc: torch.Tensor,
     key_start_loc: torch.Tensor,
     max_query_len: int,
     max_seq_len: int,
-    group_size: int,
     scale: float,
     window: int | None,
     out: torch.Tensor,
-    workspace: torch.Tensor,
 ) -> torch.Tensor:
-    """``prefill`` by FlashAttention over K̂ and V̂ gathered to ``workspace``; fills and returns ``out``.
+    """``prefill`` by FlashAttention over K̂ and V̂ as ``gather_kv`` leaves them; fills and returns ``out``.
 
     flash: vLLM's ``flash_attn_varlen_func``, its ``fa_version`` bound. key_start_loc, max_seq_len: as in ``gather_kv``.
-    workspace: ``[2, tokens, H, D]`` in q's dtype; ``tokens`` at least the sum of the sequence lengths.
     """
-    key, value = workspace
-    gather_kv(cache, block_table, key_start_loc, max_seq_len, group_size, key, value)
     flash(
         q, key, value, max_seqlen_q=max_query_len, cu_seqlens_q=query_start_loc, max_seqlen_k=max_seq_len,
         cu_seqlens_k=key_start_loc, softmax_scale=scale, causal=True,
