@@ -7,7 +7,9 @@ import torch
 
 from vllm_comet import checkpoint as ck
 from vllm_comet.kernels.act_quant import QMAX, quantize_activation_ref
+from vllm_comet.kernels.gpu_linear import batch_sizes
 from vllm_comet.kernels.linear import LinearWeight, make_linear_kernel, sort_blocks
+from vllm_comet.kernels.tiles import choose_tile
 from vllm_comet.kernels.w4ax_gemm import w4ax_gemm_ref
 
 
@@ -83,3 +85,11 @@ def test_activation_codes(bits):
     step = torch.cat([scales[:, :1].expand(-1, 128), scales[:, 1:].expand(-1, 172)], 1)
     assert bool(((restored - x).abs() <= 0.5001 * step + 1e-30).all())
     assert not bool(codes[3].any()) and not bool(scales[3].any())
+
+
+@pytest.mark.parametrize("n, k", [(6144, 4096), (4096, 14336), (2560, 4096), (57344, 8192)])
+def test_warm_up_meets_every_tile(n, k):
+    """`compile_kernels` tries a few of the possible batch sizes; serving must not find a tile that it left out."""
+    tiles = {m: choose_tile(torch.device("cpu"), "hopper", n, k, m) for m in range(1, 2049)}
+    assert {tiles[m] for m in batch_sizes(2048)} == set(tiles.values())
+    assert batch_sizes(3) == [3, 2, 1]

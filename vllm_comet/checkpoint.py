@@ -190,8 +190,8 @@ def check_permutation(perm: torch.Tensor, slices: int, name: str) -> None:
     if k % slices:
         raise CheckpointError(f"{name}: K = {k} channels can't be cut in {slices} tensor-parallel slices.")
     width = k // slices
-    expect = torch.arange(k, dtype=torch.int64).view(slices, width)
-    found = perm.detach().to("cpu", torch.int64).view(slices, width).sort(dim=1).values
+    expect = torch.arange(k, dtype=perm.dtype, device=perm.device).view(slices, width)
+    found = perm.detach().view(slices, width).sort(dim=1).values
     if not torch.equal(found, expect):
         bad = int((found != expect).any(dim=1).nonzero()[0])
         raise CheckpointError(f"{name} is not a permutation of channels {bad * width}..{(bad + 1) * width - 1} in its "

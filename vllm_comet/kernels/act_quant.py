@@ -4,10 +4,15 @@
 A row of x, gathered into stored order, is cut at ``split``: positions below it are the INT4 segment, the others the
 INT8 segment. Each segment of each row has its own symmetric scale. With ``low_bits`` 8 the low segment runs in INT8.
 
+The two scales of a row differ by a power of two, so that a GEMM needs one integer accumulator for both segments: it
+shifts the sum of the first into units of the second.
+
 The ``*_ref`` functions define the results; the Triton kernels do a row per program, gather included, in one pass.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 
@@ -16,6 +21,9 @@ from vllm_comet.kernels._triton import require_triton, tl, triton
 QMAX = {4: 7, 8: 127}
 """Largest code of a symmetric segment of 4 or 8 bits (−8 and −128 are not used)."""
 TINY = 1e-20
+"""A segment whose largest magnitude is below this counts as zero."""
+MIN_SHIFT, MAX_SHIFT = -4, 15
+"""Bounds of log2(high scale / low scale). Shifted by 4 bits, a sum of 4-bit codes over MAX_K channels fits 31 bits."""
 K_ALIGN = 128
 """Kernels pad the rows of codes with zeros to a multiple of this, the K block of the GEMM."""
 MAX_K = 131072
@@ -31,22 +39,43 @@ def quantize_activation_ref(
     perm: int32/int64 ``[K]`` or None; position j of the result holds channel ``perm[j]``.
     split: end of the low segment, 0..K. low_bits: 4 or 8, the precision of the low segment; the other has 8.
 
-    Per row and segment, in float32: ``a = max|x|``, ``code = rint(x · (1 / max(a, 1e-20) · qmax))`` (ties to even),
-    ``scale = a · float32(1 / qmax)``. An empty segment has scale 0.
+    Per row and segment, in float32: ``code = rint(x / scale)`` (ties to even), where ``scale`` starts as
+    ``max|x| · float32(1 / qmax)``, or 0 below ``TINY``; ``align_scales`` then makes the ratio of a row's two scales a
+    power of two. An empty segment has the other's scale.
     """
     x = x.to(torch.float32)
     if perm is not None:
         x = x.index_select(1, perm.to(torch.int64))
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scales = torch.zeros(x.shape[0], 2, dtype=torch.float32, device=x.device)
-    for segment, (start, end, bits) in enumerate(((0, split, low_bits), (split, x.shape[1], 8))):
-        if start == end:
-            continue
-        part, qmax = x[:, start:end], QMAX[bits]
-        amax = part.abs().amax(dim=1, keepdim=True)
-        codes[:, start:end] = torch.round(part * (amax.clamp_min(TINY).reciprocal() * qmax)).to(torch.int8)
-        scales[:, segment] = amax[:, 0] * (1.0 / qmax)
-    return codes, scales
+    parts = x.split((split, x.shape[1] - split), dim=1)
+    scales = align_scales(*(_scale_ref(part, QMAX[bits]) for part, bits in zip(parts, (low_bits, 8), strict=True)),
+                          low_bits)
+    inverse = torch.where(scales > 0, scales.reciprocal(), 0.0)
+    codes = torch.cat([torch.round(part * inverse[:, i : i + 1]) for i, part in enumerate(parts)], dim=1)
+    return codes.to(torch.int8), scales
+
+
+def _scale_ref(part: torch.Tensor, qmax: int) -> torch.Tensor:
+    if not part.shape[1]:
+        return part.new_zeros(part.shape[0])
+    amax = part.abs().amax(dim=1)
+    return torch.where(amax < TINY, 0.0, amax * (1.0 / qmax))
+
+
+def align_scales(low: torch.Tensor, high: torch.Tensor, low_bits: int) -> torch.Tensor:
+    """Raise one of a row's two float32 scales ``[M]`` until ``high = low · 2**shift`` → ``[M, 2]``.
+
+    With 8 bits in both segments the low one grows, by less than twice, since outliers make the larger error; with 4
+    bits in the low one, whose steps are coarse already, the high one. MIN_SHIFT ≤ shift ≤ MAX_SHIFT, and at least 0 for
+    8 bits. A scale of 0 becomes the other's.
+    """
+    low, high = torch.where(low > 0, low, high), torch.where(high > 0, high, low)
+    a, b = low.view(torch.int32), high.view(torch.int32)  # bits of positive floats: exponent · 2**23 + fraction
+    if low_bits == 8:
+        b = torch.maximum(a, b)
+        return torch.stack((b - ((b - a >> 23).clamp_max(MAX_SHIFT) << 23), b), dim=1).view(torch.float32)
+    shift = -(a - b >> 23)
+    a = torch.where(shift > MAX_SHIFT, b - (MAX_SHIFT << 23), a)
+    return torch.stack((a, a + (shift.clamp(MIN_SHIFT, MAX_SHIFT) << 23)), dim=1).view(torch.float32)
 
 
 def rms_norm_quantize_ref(
@@ -81,26 +110,40 @@ def _wait_for_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
-def _quantize_segment(v, inside, QMAX_: tl.constexpr):
-    """Row part ``v`` where ``inside`` → rounded codes in float32 and the scale."""
+def _segment_scale(v, inside, QMAX_: tl.constexpr):
     amax = tl.max(tl.where(inside, tl.abs(v), 0.0), axis=0)
-    inverse = tl.div_rn(1.0, tl.maximum(amax, 1e-20)) * QMAX_
-    magic: tl.constexpr = 12582912.0  # 1.5 · 2**23: adding it leaves no fraction bits, so the sum is rounded to even
-    return (v * inverse + magic) - magic, amax * (1.0 / QMAX_)
+    return tl.where(amax < 1e-20, 0.0, amax * (1.0 / QMAX_))
+
+
+@triton.jit
+def _align_scales(low, high, LOW_QMAX: tl.constexpr):
+    """``align_scales`` of one row."""
+    a = tl.where(low > 0, low, high).to(tl.int32, bitcast=True)
+    b = tl.where(high > 0, high, low).to(tl.int32, bitcast=True)
+    if LOW_QMAX == 127:
+        b = tl.maximum(a, b)
+        a = b - (tl.minimum((b - a) >> 23, 15) << 23)
+    else:
+        shift = -((a - b) >> 23)
+        a = tl.where(shift > 15, b - (15 << 23), a)
+        b = a + (tl.minimum(tl.maximum(shift, -4), 15) << 23)
+    return a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _store_codes(v, col, row, codes_ptr, scales_ptr, K, k_pad, split, LOW_QMAX: tl.constexpr, TWO: tl.constexpr):
     """Quantise the float32 row ``v`` (zero from K on) and write its codes and both scales."""
     in_low = col < split
-    code, low_scale = _quantize_segment(v, in_low, LOW_QMAX)
-    high_scale = 0.0
+    low = _segment_scale(v, in_low, LOW_QMAX)
+    high = low
     if TWO:
-        high, high_scale = _quantize_segment(v, col >= split, 127)
-        code = tl.where(in_low, code, high)
-    tl.store(codes_ptr + row * k_pad + col, code.to(tl.int8), mask=col < k_pad)
-    tl.store(scales_ptr + row * 2, low_scale)
-    tl.store(scales_ptr + row * 2 + 1, high_scale)
+        low, high = _align_scales(low, _segment_scale(v, col >= split, 127), LOW_QMAX)
+    scale = tl.where(in_low, low, high) if TWO else low
+    inverse = tl.where(scale > 0, tl.div_rn(1.0, tl.maximum(scale, 1e-30)), 0.0)
+    magic: tl.constexpr = 12582912.0  # 1.5 · 2**23: adding it leaves no fraction bits, so the sum is rounded to even
+    tl.store(codes_ptr + row * k_pad + col, ((v * inverse + magic) - magic).to(tl.int8), mask=col < k_pad)
+    tl.store(scales_ptr + row * 2, low)
+    tl.store(scales_ptr + row * 2 + 1, high)
 
 
 @triton.jit
@@ -194,17 +237,20 @@ def new_outputs(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return codes, torch.empty(x.shape[0], 2, dtype=torch.float32, device=x.device)
 
 
+@functools.cache
 def pdl_supported(device: torch.device) -> bool:
     """Programmatic dependent launch (Hopper and later): a kernel's prologue overlaps the end of the one before it."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _meta(k: int, split: int, low_bits: int, perm: torch.Tensor | None, device: torch.device) -> dict[str, object]:
+@functools.cache
+def _meta(k: int, split: int, low_bits: int, has_perm: bool, device: torch.device) -> dict[str, object]:
+    """Compile-time parameters and launch options; cached, because a launch costs little more than finding them."""
     require_triton("activation quantisation")
     check_segments(k, split, low_bits)
     block = max(triton.next_power_of_2(padded_k(k)), 128)
     pdl = pdl_supported(device)
-    meta = dict(BLOCK=block, HAS_PERM=perm is not None, LOW_QMAX=QMAX[low_bits], TWO=split < k, PDL=pdl,
+    meta = dict(BLOCK=block, HAS_PERM=has_perm, LOW_QMAX=QMAX[low_bits], TWO=split < k, PDL=pdl,
                 num_warps=min(32, max(4, block // 1024)), enable_fp_fusion=False)
     return {**meta, "launch_pdl": True} if pdl else meta
 
@@ -218,7 +264,7 @@ def quantize_activation_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``quantize_activation_ref`` as one kernel; the codes are ``[M, Kpad]`` with zeros behind K."""
     x, k = _rows(x), x.shape[1]
-    meta = _meta(k, split, low_bits, perm, x.device)
+    meta = _meta(k, split, low_bits, perm is not None, x.device)
     codes, scales = new_outputs(x, k)
     if x.shape[0]:
         _quantize_kernel[(x.shape[0],)](x, perm, codes, scales, k, codes.shape[1], split, x.stride(0), **meta)
@@ -234,7 +280,7 @@ def rms_norm_quantize_triton(
     if k > MAX_NORM_K:
         raise ValueError(f"K = {k} channels; rms_norm_quantize handles up to {MAX_NORM_K}. Norm and quantise apart.")
     residual = None if residual is None else _rows(residual)
-    meta = _meta(k, split, low_bits, perm, x.device)
+    meta = _meta(k, split, low_bits, perm is not None, x.device)
     codes, scales = new_outputs(x, k)
     h = x.clone() if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.shape[0]:
@@ -249,7 +295,7 @@ def silu_mul_quantize_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``silu_mul_quantize_ref`` as one kernel; codes ``[M, Kpad]``."""
     gate_up, k = _rows(gate_up), gate_up.shape[1] // 2
-    meta = _meta(k, split, low_bits, perm, gate_up.device)
+    meta = _meta(k, split, low_bits, perm is not None, gate_up.device)
     codes, scales = new_outputs(gate_up, k)
     if gate_up.shape[0]:
         _silu_mul_kernel[(gate_up.shape[0],)](

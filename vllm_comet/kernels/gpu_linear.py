@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 from vllm_comet.kernels import ops
 from vllm_comet.kernels.linear import LinearWeight
 from vllm_comet.kernels.tiles import choose_tile
+
+COMPILE_THREADS = 8
 
 
 class GpuLinear(torch.nn.Module):
@@ -34,8 +38,19 @@ class GpuLinear(torch.nn.Module):
     def compile_kernels(self, max_tokens: int, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         """Run every kernel that 1 to ``max_tokens`` tokens can choose, so that serving compiles none."""
         device = self.packed.device
-        tiles = {}
-        for m in range(max_tokens, 0, -1):
-            tiles[choose_tile(device, self.layout, self.n, self.k, m)] = m
-        for m in tiles.values():
-            self(torch.zeros(m, self.k, dtype=dtype, device=device), bias)
+        tiles = {choose_tile(device, self.layout, self.n, self.k, m): m for m in batch_sizes(max_tokens)}
+
+        def run(m: int) -> None:
+            with torch.cuda.device(device):  # a thread's own setting
+                self(torch.zeros(m, self.k, dtype=dtype, device=device), bias)
+
+        first = {ops.gemm_kernel(self.layout, tile): m for tile, m in tiles.items()}
+        for m in first.values():  # the first call of a function sets up what its variants share: not for threads
+            run(m)
+        with ThreadPoolExecutor(COMPILE_THREADS) as pool:  # most of a compilation runs without Python's lock
+            list(pool.map(run, set(tiles.values()) - set(first.values())))
+
+
+def batch_sizes(max_tokens: int) -> list[int]:
+    """Descending sizes among which every tile that up to ``max_tokens`` tokens can choose shows up."""
+    return [*range(1, min(max_tokens, 256) + 1), *range(257, max_tokens + 1, 8)][::-1]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_comet.kernels._triton import require_triton, tl, triton
+from vllm_comet.kernels.act_quant import pdl_supported
 from vllm_comet.kernels.kv4_attention import dequantize, meta_scale, meta_zero, nibbles
 from vllm_comet.kernels.kv4_cache import check_pages
 
@@ -329,7 +330,7 @@ def decode(
     expand = group_size % (head_dim // 4) != 0
     # Only the merge kernel starts early: decode kernels that did took up to 17 us longer on an H200, and their programs
     # ended up to twice as far apart, presumably as they crowd on the multiprocessors that are free first.
-    pdl = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (9, 0)
+    pdl = pdl_supported(q.device)
     _decode_kernel[(max(fill, requests), num_kv_heads)](
         q, cache.view(torch.int16), cache.view(torch.int32), block_table, out,
         scratch.parts, scratch.partial, scratch.lse, 2**30 if window is None else window, scale * math.log2(math.e),

@@ -44,14 +44,14 @@ def sort_blocks(weight: LinearWeight) -> tuple[LinearWeight, int]:
     A checkpoint keeps INT8 blocks last within each tensor-parallel slice, so fewer ranks than slices see them
     interleaved. A short last block stays last: the format makes it INT8 if any block is.
     """
-    k = weight.in_features
-    high = weight.act_bits == 8
-    order = torch.argsort(high.to(torch.int8), stable=True)
-    split = min(int((~high).sum()) * ck.BLOCK, k)
-    if torch.equal(order, torch.arange(len(order), device=order.device)):
+    k, bits = weight.in_features, weight.act_bits.tolist()
+    order = sorted(range(len(bits)), key=lambda block: bits[block] == 8)
+    split = min(bits.count(4) * ck.BLOCK, k)
+    if order == list(range(len(bits))):
         return weight, split
-    channels = torch.arange(k, device=order.device).split(ck.BLOCK)
-    gather = torch.cat([channels[int(block)] for block in order])
+    device = weight.packed.device
+    channels = torch.arange(k).split(ck.BLOCK)
+    gather = torch.cat([channels[block] for block in order]).to(device)
     words = gather[::8] // 8
     groups = None
     if weight.group_scale is not None:
