@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from calibrate.errors import CalibrationError
 from calibrate.evaluate.errors import EvaluationError
 from calibrate.loading import open_model
 from calibrate.simulate import Activations, load_base, load_comet
-from vllm_comet.bench.serve_modes import MODELS, MODES, model_config, quantized_config
+from vllm_comet.bench.serve_modes import MODELS, MODES, model_config, model_folder
 
 ACTIVATIONS = ("auto", "int8", "mixed", "weights")
 _HASHED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "*.safetensors")
@@ -107,7 +106,7 @@ def parse_candidate(text: str, stack: contextlib.ExitStack) -> Candidate:
     """Read ``[LABEL=]MODEL[@MODE]``; ``stack`` keeps the temporary folder of a converted GGUF file."""
     label, model, mode = _split(text)
     if model.startswith("dummy:"):
-        return _dummy(label, model, mode, stack)
+        return _dummy(label, model, mode)
     try:
         directory = stack.enter_context(open_model(model)).directory if _has_weights(model) else Path(model)
     except CalibrationError as error:
@@ -138,16 +137,14 @@ def _split(text: str) -> tuple[str, str, str]:
     return label, model, mode
 
 
-def _dummy(label: str, model: str, mode: str, stack: contextlib.ExitStack) -> Candidate:
-    """A folder with the config alone, in ``stack``'s care."""
+def _dummy(label: str, model: str, mode: str) -> Candidate:
+    """A folder with the config alone."""
     _, _, rest = model.partition(":")
     shape, _, name = rest.partition(":")
     if shape not in MODELS or name not in MODES or mode:
         raise EvaluationError(f"{model}{'@' if mode else ''}{mode} is not dummy:SHAPE:FORMAT; shapes: "
                               f"{', '.join(MODELS)}; formats: {', '.join(MODES)}.")
-    directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="comet-eval-")))
-    config = quantized_config(MODES[name], model_config(shape))
-    (directory / "config.json").write_text(json.dumps(config))
+    directory = model_folder(f"{shape}-{name}", MODES[name], model_config(shape))
     return Candidate(label or f"{shape}-{name}", directory, options={"load_format": "dummy", **MODES[name].engine})
 
 

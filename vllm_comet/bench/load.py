@@ -112,7 +112,12 @@ def load_once(folder: Path) -> dict[str, float]:
     from vllm.distributed import ensure_model_parallel_initialized, init_distributed_environment
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model
+    from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manager_initialized
 
+    device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
+    if not is_workspace_manager_initialized():  # as a worker does; attention layers reserve their part when built
+        init_workspace_manager(device)
     config = EngineArgs(model=str(folder), skip_tokenizer_init=True, enforce_eager=True, max_model_len=2048,
                         load_format="safetensors").create_engine_config()
     with set_current_vllm_config(config), tempfile.NamedTemporaryFile() as rendezvous:

@@ -19,13 +19,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import os
 import re
 import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,22 +42,21 @@ from vllm_comet.bench.serve_modes import (
     fixed_workload,
     kv_bytes,
     model_config,
-    quantized_config,
+    model_folder,
     replay_workload,
 )
 
-GRAPH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256]
-START_SECONDS = 540
+GRAPH_SIZES = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]  # up to vLLM's own largest
 WORKLOAD_SECONDS = 300
 STOP_SECONDS = 20
-REPLAY_KV_TOKENS = 262144
+REPLAY_KV_TOKENS = 131072
 
 
 class Server:
     """One mode's process, see :mod:`vllm_comet.bench.serve_worker`."""
 
     def __init__(self, name: str, options: dict[str, Any], log: Path) -> None:
-        self.name, self.log, self.options = name, log, options
+        self.name, self.log, self.options, self.started = name, log, options, time.perf_counter()
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve_worker.main, args=(theirs, options, log), name=name)
@@ -134,8 +133,8 @@ def jit_compilations(log: str) -> int:
 class Bench:
     """The modes, workloads and engine options of one invocation, and its results."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path, results: serve_report.Results) -> None:
-        self.args, self.folder, self.results = args, folder, results
+    def __init__(self, args: argparse.Namespace, results: serve_report.Results) -> None:
+        self.args, self.results = args, results
         self.config = model_config(args.model)
         self.workloads = [fixed_workload(name) for name in args.workloads]
         if args.trace:
@@ -145,9 +144,7 @@ class Bench:
 
     def options(self, name: str) -> dict[str, Any]:
         mode = MODES[name]
-        folder = self.folder / name
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(quantized_config(mode, self.config)))
+        folder = model_folder(f"{self.model}-{name}", mode, self.config)
         options = engine_options(mode, self.config, self.args.max_model_len, self.args.graph_sizes)
         return options | {"model": str(folder)} | self._memory(mode)
 
@@ -180,7 +177,7 @@ class Bench:
                 server.stop()
 
     def _start(self, server: Server) -> bool:
-        found = server.receive(START_SECONDS)
+        found = server.receive(max(0.0, self.args.start_seconds - (time.perf_counter() - server.started)))
         engine: dict[str, Any] = {"model": self.model, "mode": server.name}
         if "error" in found:
             found["error"] = root_cause(server.log.read_text(errors="replace")) or found["error"]
@@ -220,6 +217,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--replay-seconds", type=float, default=30)
     parser.add_argument("--parallel", type=int, default=1, help="engines that start together (default %(default)s)")
     parser.add_argument("--gpu-memory-gib", type=float, default=72, help="of an engine that starts alone")
+    parser.add_argument("--start-seconds", type=float, default=540, help="a mode that takes longer to start has failed "
+                        "(default %(default)s)")
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("--graph-sizes", type=int, nargs="*", default=GRAPH_SIZES, help="batch sizes with CUDA graphs; "
                         "none: run eagerly (default %(default)s)")
@@ -238,7 +237,7 @@ def main(argv: list[str]) -> int:
         args.logs = args.logs or Path(folder)
         args.logs.mkdir(parents=True, exist_ok=True)
         try:
-            bench = Bench(args, Path(folder), results)
+            bench = Bench(args, results)
         except (ValueError, OSError) as error:
             parser.error(str(error))
         for first in range(0, len(args.modes), args.parallel):
