@@ -19,7 +19,7 @@ from vllm_comet.kernels import kv4_cache, kv4_decode, kv4_prefill  # noqa: E402
 D, BLOCK = 128, 16
 SHAPE = {"GROUP": 4, "D": D, "GROUPS": 1, "BLOCK": BLOCK, "LANES": 32}
 KERNELS = {
-    "plan": (kv4_decode._plan_kernel, {"MAX_REQUESTS": 128, "T": 64, "STEPS": 20, "CHUNK": 1024}, 1),
+    "plan": (kv4_decode._plan_kernel, {"MAX_REQUESTS": 128, "T": 64, "CHUNK": 1024}, 1),
     "decode": (kv4_decode._decode_kernel, SHAPE | {"T": 64, "ROWS": 8, "PART_ROWS": 4}, 1),
     "merge": (kv4_decode._merge_kernel, {"GROUP": 4, "D": D, "PART_ROWS": 4, "E": 128, "CHUNK": 8}, 1),
     "prefill": (kv4_prefill._prefill_kernel, SHAPE | {"T": 128, "QUERIES": 32, "HEADS": 4}, 8),

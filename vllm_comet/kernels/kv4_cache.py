@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_comet.kernels._triton import require_triton, tl, triton
+from vllm_comet.kernels.act_quant import pdl_supported
 
 
 class PageViews(NamedTuple):
@@ -178,12 +179,14 @@ def _store_kernel(
     stride_key: tl.int64, stride_key_head: tl.int64, stride_value: tl.int64, stride_value_head: tl.int64,
     stride_out: tl.int64, stride_page: tl.int64, stride_head: tl.int64,
     D: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    ROUND_TRIP: tl.constexpr,
+    ROUND_TRIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles, H): ROWS tokens of one KV head, K then V. Cache strides in int16."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
     slot = tl.load(slot_ptr + token, mask=token < tokens, other=-1)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     ok = slot >= 0
     slot = tl.where(ok, slot, 0)
     offset = slot // BLOCK * stride_page + head * stride_head
@@ -225,12 +228,12 @@ def store_kv(
     )):  # fmt: skip
         raise ValueError("key_out and value_out must both be contiguous tensors [T, H, D], or both None.")
     lanes = triton.next_power_of_2(head_dim // 4)
-    rows = 16
+    rows, pdl = 16, pdl_supported(cache.device)
     _store_kernel[(-(-tokens // rows), heads)](
         key, value, key_out if round_trip else key, value_out if round_trip else value,
         cache.view(torch.int16), cache.view(torch.float16), slot_mapping, tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), heads * head_dim,
         cache.stride(0) // 2, cache.stride(1) // 2,
         D=head_dim, GROUPS=head_dim // group_size, BLOCK=cache.shape[2], ROWS=rows, LANES=lanes,
-        ROUND_TRIP=round_trip, num_warps=2 if lanes <= 32 else 4,
+        ROUND_TRIP=round_trip, PDL=pdl, num_warps=2 if lanes <= 32 else 4, launch_pdl=pdl,
     )  # fmt: skip

@@ -35,7 +35,7 @@ class DecodeScratch(NamedTuple):
 @triton.jit(do_not_specialize=["requests", "rows", "window", "programs", "fill"])
 def _plan_kernel(
     seq_lens_ptr, parts_ptr, spans_ptr, requests, rows, window, programs, fill,
-    MAX_REQUESTS: tl.constexpr, T: tl.constexpr, STEPS: tl.constexpr, CHUNK: tl.constexpr,
+    MAX_REQUESTS: tl.constexpr, T: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program: the shortest part length at which the parts are at most ``fill``, by bisection; then the lists."""
     r = tl.arange(0, MAX_REQUESTS)
@@ -45,8 +45,8 @@ def _plan_kernel(
     tiles = tl.where(real, tl.maximum(tl.cdiv(lens, T) - first, 1), 0)  # an empty request (graph padding) gives zeros
     low = 0  # too short
     high = tl.max(tiles, 0)
-    for _ in range(STEPS):
-        middle = tl.maximum((low + high) // 2, 1)
+    while high - low > 1:
+        middle = (low + high) // 2
         fits = tl.sum(tl.cdiv(tiles, middle), 0) <= fill
         high = tl.where(fits, middle, high)
         low = tl.where(fits, low, middle)
@@ -211,6 +211,7 @@ def _merge_kernel(
     first = tl.load(spans_ptr + 2 * request)
     count = tl.load(spans_ptr + 2 * request + 1)
     if PDL:  # also where there is nothing to merge: who waits for this kernel waits for all of the attention
+        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     if count > 1:
         # A warp keeps the same elements of every part it reads: warps exchange once, lanes never.
@@ -293,7 +294,7 @@ def plan(seq_lens: torch.Tensor, window: int | None, head_dim: int, scratch: Dec
     _plan_kernel[(1,)](
         seq_lens, scratch.parts, scratch.spans, requests, scratch.spans.shape[0], 2**30 if window is None else window,
         scratch.parts.shape[0], max(fill, requests),
-        MAX_REQUESTS=max_requests, T=_tile(head_dim).tokens, STEPS=20, CHUNK=1024,
+        MAX_REQUESTS=max_requests, T=_tile(head_dim).tokens, CHUNK=1024,
         num_warps=max(1, min(8, max_requests // 128)),
     )  # fmt: skip
 
