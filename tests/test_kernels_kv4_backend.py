@@ -17,7 +17,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 from vllm.v1.worker.workspace import init_workspace_manager, lock_workspace, reset_workspace_manager
 
-from vllm_comet.attention import prefill
+from vllm_comet.attention import backend, prefill
 from vllm_comet.attention.backend import CometMetadataBuilder, backend_for
 from vllm_comet.kernels import kv4_cache, kv4_decode
 from vllm_comet.kernels.kv4_attention import attention_ref
@@ -41,12 +41,13 @@ class Layer:
 
     def __init__(self, monkeypatch, window, flash, requests=8):
         config = engine_config()
+        monkeypatch.setattr(backend, "get_current_vllm_config", lambda: config)
+        if INTERPRET:
+            monkeypatch.setattr(prefill, "_flash_attention", lambda *_: (flash_in_torch, "torch"))
         self.impl = backend_for(GROUP_SIZE).get_impl_cls()(
             HEADS * REPEAT, HEAD_DIM, HEAD_DIM**-0.5, HEADS, sliding_window=window)
         self.impl.prefill = prefill.paged_prefill
         if flash:
-            if INTERPRET:
-                monkeypatch.setattr(prefill, "_flash_attention", lambda *_: (flash_in_torch, "torch"))
             self.impl.prefill = prefill.choose(config, HEADS, HEAD_DIM)
             self.impl.prefill.compiled = True  # else the first call gathers fresh prompts too
             lock_workspace()
