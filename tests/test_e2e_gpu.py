@@ -28,8 +28,8 @@ def served(checkpoint):
     """Cold prompts, the same again from the prefix cache, and mixed batches of chunks of at most 128 tokens."""
     return engine.run(
         checkpoint, [PROMPTS, PROMPTS[:3]], TOKENS, dtype="bfloat16", enforce_eager=False, max_num_batched_tokens=128,
-        enable_prefix_caching=True, kv_cache_memory_bytes=1 << 30, jit_monitor_verbose=True,
-        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8]})
+        enable_prefix_caching=True, kv_cache_memory_bytes=1 << 30, gpu_memory_utilization=0.05,
+        jit_monitor_verbose=True, compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8]})
 
 
 def test_logprobs_agree_with_the_torch_model(served, checkpoint):
