@@ -28,7 +28,12 @@ except ImportError:  # the calibrator and the CPU path need only the torch refer
     triton = tl = _Placeholder()
     HAS_TRITON = False
 
-__all__ = ["HAS_TRITON", "require_triton", "tl", "triton"]
+__all__ = ["HAS_TRITON", "cdiv", "require_triton", "tl", "triton"]
+
+
+def cdiv(a: int, b: int) -> int:
+    """``triton.cdiv`` for launchers: Triton's own takes 2.5 us of host time a call."""
+    return -(-a // b)
 
 
 def require_triton(operation: str) -> None:

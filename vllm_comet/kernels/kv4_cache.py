@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_comet.kernels._triton import require_triton, tl, triton
+from vllm_comet.kernels._triton import cdiv, require_triton, tl, triton
 from vllm_comet.kernels.act_quant import pdl_supported
 
 
@@ -229,7 +229,7 @@ def store_kv(
         raise ValueError("key_out and value_out must both be contiguous tensors [T, H, D], or both None.")
     lanes = triton.next_power_of_2(head_dim // 4)
     rows, pdl = 16, pdl_supported(cache.device)
-    _store_kernel[(-(-tokens // rows), heads)](
+    _store_kernel[(cdiv(tokens, rows), heads)](
         key, value, key_out if round_trip else key, value_out if round_trip else value,
         cache.view(torch.int16), cache.view(torch.float16), slot_mapping, tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), heads * head_dim,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_comet.kernels._triton import require_triton, tl, triton
+from vllm_comet.kernels._triton import cdiv, require_triton, tl, triton
 from vllm_comet.kernels.act_quant import pdl_supported
 from vllm_comet.kernels.kv4_attention import dequantize, meta_scale, meta_zero, nibbles
 from vllm_comet.kernels.kv4_cache import check_pages
@@ -342,7 +342,7 @@ def decode(
     )  # fmt: skip
     if requests < fill:  # else every request is one part
         warps, elements, chunk = _merge_tile(requests)
-        _merge_kernel[(requests, num_kv_heads, -(-head_dim * part_rows // elements))](
+        _merge_kernel[(requests, num_kv_heads, cdiv(head_dim * part_rows, elements))](
             scratch.spans, scratch.partial, scratch.lse, out, out.stride(0),
             GROUP=group, D=head_dim, PART_ROWS=part_rows, E=elements, CHUNK=chunk, PDL=pdl,
             num_warps=warps, launch_pdl=pdl,

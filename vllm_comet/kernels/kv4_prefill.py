@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_comet.kernels._triton import require_triton, tl, triton
+from vllm_comet.kernels._triton import cdiv, require_triton, tl, triton
 from vllm_comet.kernels.kv4_attention import dequantize, meta_scale, meta_zero
 from vllm_comet.kernels.kv4_cache import check_pages
 
@@ -157,7 +157,7 @@ def prefill(
     check_pages(cache, head_dim, group_size)
     heads = triton.next_power_of_2(group)
     queries = max(1, tile.rows // heads)
-    grid = (-(-max_query_len // queries), num_kv_heads, seq_lens.shape[0])
+    grid = (cdiv(max_query_len, queries), num_kv_heads, seq_lens.shape[0])
     _prefill_kernel[grid](
         q, cache.view(torch.int16), cache.view(torch.int32), block_table, query_start_loc, seq_lens, out,
         2**30 if window is None else window, scale * math.log2(math.e), q.stride(0), out.stride(0),
@@ -220,7 +220,7 @@ def gather_kv(
     check_pages(cache, head_dim, group_size)
     if not (key.is_contiguous() and value.is_contiguous()):
         raise ValueError("key and value must be contiguous tensors [tokens, H, D].")
-    grid = (-(-max_seq_len // 32), num_kv_heads, key_start_loc.shape[0] - 1)
+    grid = (cdiv(max_seq_len, 32), num_kv_heads, key_start_loc.shape[0] - 1)
     _gather_kernel[grid](
         cache.view(torch.int16), cache.view(torch.int32), block_table, key_start_loc, key, value,
         block_table.stride(0), cache.stride(0) // 2, cache.stride(1) // 2, key.stride(0),
