@@ -138,7 +138,7 @@ def test_tensor_parallel_gives_the_same_tokens(served, checkpoint):
 
 def test_mixed_activations_from_additional_config(checkpoint):
     run = engine.run(checkpoint, [PROMPTS], TOKENS, additional_config={"comet": {"activations": "mixed"}})
-    assert_agrees_with_torch(run, load_comet(checkpoint, "mixed"))
+    assert_agrees_with_torch(run, load_comet(checkpoint, "mixed"), worst=0.6)  # a 4-bit code weighs more
 
 
 def test_explicit_kv_cache_dtype_wins(checkpoint):
