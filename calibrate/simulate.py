@@ -24,6 +24,7 @@ from calibrate.models import FAMILIES
 from calibrate.stats import products_of_bf16
 from vllm_comet import checkpoint as fmt
 from vllm_comet.kernels.act_quant import quantize_activation_ref
+from vllm_comet.kernels.w4ax_gemm import scaled_sums
 
 Activations = Literal["none", "int8", "mixed"]
 
@@ -51,19 +52,21 @@ class CometLinear(torch.nn.Module):
         codes, scales = quantize_activation_ref(x.flatten(0, -2), self.perm, self.split, self.low_bits)
         low = _integer_matmul(codes[:, : self.split], self.weight[:, : self.split])
         high = _integer_matmul(codes[:, self.split :], self.weight[:, self.split :])
-        y = (low * scales[:, :1] + high * scales[:, 1:]) * self.weight_scale
+        y = scaled_sums(low, high, scales, two=self.split < codes.shape[1]) * self.weight_scale
         if self.bias is not None:
             y = y + self.bias.to(torch.float32)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def _integer_matmul(a: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """``a wᵀ`` of int8 ``[M, K]`` and ``[N, K]``, as float32; exact, for 1024 products stay below 2**24."""
+    """``a wᵀ`` of int8 ``[M, K]`` and ``[N, K]`` in int32; exact, for 1024 products stay below 2**24."""
+    if a.device.type == "cuda" and a.shape[0] > 16 and a.shape[1] % 8 == 0 < a.shape[1] and w.shape[0] % 8 == 0:
+        return torch._int_mm(a.contiguous(), w.contiguous().T)
     total = torch.zeros(a.shape[0], w.shape[0], dtype=torch.int32, device=a.device)
     with products_of_bf16():
         for x, y in zip(a.split(1024, dim=1), w.split(1024, dim=1), strict=True):
             total += (x.to(torch.float32) @ y.to(torch.float32).T).to(torch.int32)
-    return total.to(torch.float32)
+    return total
 
 
 def load_comet(

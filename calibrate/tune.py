@@ -34,7 +34,7 @@ from calibrate.models import Dims, family_of
 from calibrate.simulate import load_comet, read_tensors
 from calibrate.stats import products_of_bf16
 from vllm_comet import checkpoint as fmt
-from vllm_comet.kernels.act_quant import QMAX, TINY
+from vllm_comet.kernels.act_quant import QMAX, TINY, align_scales
 
 _HEAD_TOKENS = 1024
 """Tokens whose logits are in memory at once."""
@@ -99,12 +99,12 @@ class TunableLinear(torch.nn.Module):
     @torch.no_grad()
     def _round_trip(self, x: torch.Tensor) -> torch.Tensor:
         """What ``quantize_activation_ref`` keeps of ``x`` ``[..., K]``."""
-        low = torch.where(self.low, x, 0).abs().amax(-1, keepdim=True)
-        high = torch.where(self.low, 0, x).abs().amax(-1, keepdim=True)
-        low_max, high_max = QMAX[self.low_bits], QMAX[8]
-        codes = x * torch.where(self.low, low.clamp_min(TINY).reciprocal() * low_max,
-                                high.clamp_min(TINY).reciprocal() * high_max)
-        return codes.round_().mul_(torch.where(self.low, low * (1.0 / low_max), high * (1.0 / high_max)))
+        rows = x.flatten(0, -2)
+        low = torch.where(self.low, rows, 0).abs().amax(-1) * (1.0 / QMAX[self.low_bits])
+        high = torch.where(self.low, 0, rows).abs().amax(-1) * (1.0 / QMAX[8])
+        scales = align_scales(low, high, self.low_bits).clamp_min(TINY)
+        scale = torch.where(self.low, scales[:, :1], scales[:, 1:])
+        return rows.div(scale).round_().mul_(scale).view_as(x)
 
     @torch.no_grad()
     def stored(self) -> dict[str, torch.Tensor]:

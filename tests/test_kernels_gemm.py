@@ -11,7 +11,7 @@ from vllm_comet import checkpoint as ck
 from vllm_comet.kernels import ops
 from vllm_comet.kernels.act_quant import padded_k, quantize_activation_ref
 from vllm_comet.kernels.tiles import Tile, choose_tile
-from vllm_comet.kernels.w4ax_gemm import pack_weight, unpack_tiles, w4ax_gemm_ref, w4ax_gemm_triton
+from vllm_comet.kernels.w4ax_gemm import pack_weight, padded_rows, unpack_tiles, w4ax_gemm_ref, w4ax_gemm_triton
 
 
 def random_layer(n, k, group_size, seed, extreme=False):
@@ -68,7 +68,7 @@ def test_pack_round_trip(layout, group_size, n, k, monkeypatch):
     packed, groups, _, _ = random_layer(n, k, group_size, 1)
     weight = pack_weight(packed, groups, group_size, 128, layout)
     assert torch.equal(unpack_tiles(weight), ck.integer_weight(packed, groups, group_size))
-    assert weight.packed.numel() * 4 == -(-n // 128) * -(-k // 128) * 8192
+    assert weight.packed.numel() * 4 == padded_rows(n) * -(-k // 128) * 64
 
 
 @pytest.mark.parametrize("split", [100, -128, 512])
@@ -138,9 +138,8 @@ def test_fuzz_hopper(tile):
     check(w4ax_gemm_hopper, "hopper", 9, 192, 1024, 512, 128, tile, extreme=True)
 
 
-SMALL_TILES = [Tile(8, 16, 1, 8, 4, small=True), Tile(8, 32, 1, 8, 8, small=True), Tile(16, 64, 1, 16, 4, small=True),
-               Tile(16, 32, 1, 16, 2, small=True), Tile(32, 64, 1, 8, 4, small=True),
-               Tile(64, 64, 1, 8, 2, small=True)]  # fmt: skip
+SMALL_TILES = [Tile(*tile, form="small") for tile in (
+    (8, 16, 1, 8, 4), (8, 32, 1, 8, 8), (16, 64, 1, 16, 4), (16, 32, 1, 16, 2), (32, 64, 1, 8, 4), (64, 64, 1, 8, 2))]
 
 
 @needs_hopper

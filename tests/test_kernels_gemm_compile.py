@@ -87,8 +87,8 @@ def test_hopper_gemm(tile, group_size):
 
 
 @pytest.mark.parametrize("tile,group_size", [
-    (Tile(8, 32, 1, 8, 8, small=True), 128), (Tile(16, 64, 1, 16, 4, small=True), 64),
-    (Tile(64, 64, 1, 8, 3, small=True), -1),
+    (Tile(8, 32, 1, 8, 8, form="small"), 128), (Tile(16, 64, 1, 16, 4, form="small"), 64),
+    (Tile(64, 64, 1, 8, 3, form="small"), -1),
 ])  # fmt: skip
 def test_hopper_small_gemm(tile, group_size):
     source, tensor_map = gluon()

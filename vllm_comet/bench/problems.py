@@ -9,7 +9,7 @@ import torch
 
 from vllm_comet.checkpoint import BLOCK, num_groups
 from vllm_comet.kernels import ops
-from vllm_comet.kernels.w4ax_gemm import KernelWeight
+from vllm_comet.kernels.w4ax_gemm import KernelWeight, scaled_sums
 
 MODELS: dict[str, dict[str, tuple[int, int]]] = {
     "llama3-8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
@@ -39,13 +39,13 @@ class Problem:
         m, split = self.x.shape[0], self.weight.split
         codes = torch.nn.functional.pad(self.codes[:, : self.weight.k], (0, 0, 0, max(0, 32 - m)))
 
-        def scaled(part: slice, segment: int) -> torch.Tensor:
+        def sums(part: slice) -> torch.Tensor:
             if part.start == part.stop:
-                return torch.zeros((), device=codes.device)
-            sums = torch._int_mm(codes[:, part].contiguous(), w[:, part].contiguous().t())[:m]
-            return sums.float() * self.act_scales[:, segment : segment + 1]
+                return torch.zeros(m, w.shape[0], dtype=torch.int32, device=codes.device)
+            return torch._int_mm(codes[:, part].contiguous(), w[:, part].contiguous().t())[:m]
 
-        y = (scaled(slice(0, split), 0) + scaled(slice(split, self.weight.k), 1)) * self.weight_scale
+        k = self.weight.k
+        y = scaled_sums(sums(slice(0, split)), sums(slice(split, k)), self.act_scales, split < k) * self.weight_scale
         return y.to(torch.bfloat16)
 
 

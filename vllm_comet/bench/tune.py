@@ -23,7 +23,7 @@ from vllm_comet.kernels import tiles as tile_tables
 from vllm_comet.kernels.tiles import Entry, Tile
 from vllm_comet.kernels.w4ax_gemm import hopper_kernel_supported
 
-DEFAULT_M = (8, 16, 32, 64, 128, 256, 1024, 4096)
+DEFAULT_M = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 
 def candidates(layout: str, n: int, k: int, m: int) -> list[Tile]:
@@ -31,12 +31,12 @@ def candidates(layout: str, n: int, k: int, m: int) -> list[Tile]:
     return _hopper_candidates(n, k, m) if layout == "hopper" else _triton_candidates(n, k, m)
 
 
-def _splits(n: int, k: int, m: int, block_m: int, block_n: int, blocks: int, waves: tuple[int, ...]) -> list[int]:
+def _splits(n: int, k: int, m: int, block_m: int, block_n: int, blocks: int, waves: tuple[float, ...]) -> list[int]:
     """Cuts of K that give each multiprocessor so many programs, of at least ``blocks`` K blocks each; or none."""
     programs = -(-n // block_n) * -(-m // block_m)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     most = max(1, -(-k // 128) // blocks)
-    return sorted({max(1, min(most, processors * w // programs)) for w in waves})
+    return sorted({max(1, min(most, round(processors * w / programs))) for w in waves})
 
 
 def _small_candidates(m: int) -> list[Tile]:
@@ -47,29 +47,38 @@ def _small_candidates(m: int) -> list[Tile]:
         stage = warps // (rows // 16) * (block_m * 128 + rows * 66)
         sums = 8 * warps * 16 * block_m
         fits = {min(8, (room - sums) // stage) for room in (72_000, 110_000, 220_000)}
-        tiles += [Tile(block_m, rows, 1, warps, stages, small=True) for stages in sorted(fits) if stages > 1]
+        tiles += [Tile(block_m, rows, 1, warps, stages, form="small") for stages in sorted(fits) if stages > 1]
     return tiles
 
 
+FORMS: dict[int, list[tuple[int, ...]]] = {
+    64: [(64, 64, 4, 3, 4, 168), (64, 64, 4, 2, 4, 168), (64, 64, 4, 3, 2, 128), (64, 64, 4, 4, 2, 128),
+         (32, 64, 4, 4, 4, 128), (64, 128, 8, 4, 2, 128), (64, 128, 4, 3, 4, 0), (64, 128, 4, 3, 2, 0)],
+    128: [(64, 64, 4, 3, 4, 168), (64, 64, 4, 2, 4, 168), (64, 64, 4, 3, 2, 128), (64, 128, 4, 3, 4, 0),
+          (128, 64, 4, 3, 2, 0), (128, 64, 4, 2, 2, 168), (128, 128, 4, 3, 2, 0), (128, 128, 8, 3, 4, 0)],
+    256: [(64, 64, 4, 3, 4, 168), (64, 128, 4, 3, 4, 0), (128, 64, 4, 3, 2, 0), (128, 64, 4, 3, 2, 168),
+          (128, 128, 4, 3, 2, 0), (128, 128, 8, 3, 4, 0), (256, 128, 8, 3, 1, 0), (256, 128, 8, 3, 2, 0)],
+    512: [(128, 64, 4, 3, 2, 0), (128, 128, 4, 2, 2, 0), (128, 128, 8, 3, 4, 0), (256, 128, 8, 3, 1, 0)],
+    1024: [(128, 128, 4, 2, 2, 0), (128, 128, 4, 3, 2, 0), (128, 128, 8, 2, 2, 128), (256, 128, 8, 3, 2, 0)],
+}  # fmt: skip
+"""Tiles of Hopper's general kernel by the M up to which they are tried: block_m, block_n, warps, stages, depth and
+registers. With fewer registers, and less shared memory in stages, more of them share a multiprocessor."""
+
+
 def _hopper_candidates(n: int, k: int, m: int) -> list[Tile]:
-    """Forms are (block_m, block_n, warps, stages, depth, registers); with fewer registers more of them share a
-    multiprocessor."""
-    if m > 256:
-        forms = [(128, 128, 4, 3, 1, 0), (256, 128, 8, 3, 1, 0), (128, 128, 8, 3, 4, 0)]
-        return [Tile(f[0], f[1], 1, *f[2:4], group, *f[4:]) for f in forms for group in (8, 16)]
     if m <= 32:
         block_m = max(8, 1 << (m - 1).bit_length())
         forms = [(block_m, 64, 4, 4, 4, 128), (block_m, 128, 8, 4, 4, 128)]
-        waves: tuple[int, ...] = (1, 2, 4)
-    elif m <= 64:
-        forms = [(64, 64, 4, 3, 4, 168), (64, 64, 4, 4, 2, 128), (64, 128, 8, 4, 2, 128), (64, 128, 4, 3, 4, 0)]
-        waves = (1, 2, 4)
     else:
-        forms = [(64, 128, 4, 3, 4, 0), (128, 64, 4, 3, 2, 0), (128, 128, 8, 3, 4, 0), (128, 128, 4, 3, 1, 0)]
-        forms += [(256, 128, 8, 3, 1, 0)] if m > 128 else []
-        waves = (1, 2)
-    split = [Tile(f[0], f[1], s, *f[2:4], 8, *f[4:]) for f in forms for s in _splits(n, k, m, *f[:2], f[4], waves)]
-    return split + (_small_candidates(m) if m <= 64 else [])
+        forms = FORMS[min((limit for limit in FORMS if limit >= m), default=max(FORMS))]
+    waves = (1, 2, 4) if m <= 64 else (1, 1.5, 2, 3)
+    if m <= 256:
+        tiles = [Tile(f[0], f[1], s, *f[2:4], 8, *f[4:]) for f in forms for s in _splits(n, k, m, *f[:2], f[4], waves)]
+    else:
+        tiles = [Tile(f[0], f[1], 1, *f[2:4], group, *f[4:]) for f in forms for group in (8, 16, 32)]
+    if m <= 64:
+        tiles += _small_candidates(m)
+    return tiles
 
 
 def _triton_candidates(n: int, k: int, m: int) -> list[Tile]:
@@ -109,7 +118,7 @@ def _check_worker(args: argparse.Namespace) -> int:
     torch.manual_seed(0)
     index, stride = (int(part) for part in args.check_worker.split("/"))
     jobs = [(n, k, m, tile) for n, k in args.shapes for m in args.m for tile in candidates(args.layout, n, k, m)]
-    jobs.sort(key=lambda job: job[3].small)  # one kernel after the other: a fault ends the process
+    jobs.sort(key=lambda job: job[3].form)  # one kernel after the other: a fault ends the process
     cached: tuple[object, ...] = ()
     for n, k, m, tile in jobs[index::stride]:
         if cached[:3] != (n, k, m):

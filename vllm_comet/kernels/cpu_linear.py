@@ -9,6 +9,7 @@ import torch
 from vllm_comet import checkpoint as ck
 from vllm_comet.kernels.act_quant import quantize_activation_ref
 from vllm_comet.kernels.linear import LinearWeight
+from vllm_comet.kernels.w4ax_gemm import scaled_sums
 
 
 class CpuLinear(torch.nn.Module):
@@ -40,12 +41,12 @@ def cpu_linear(
     """x ``[M, K]``, low int8 ``[N, split]``, high int8 ``[N, K − split]``, scale float32 ``[N]`` → ``[M, N]``."""
     split = low.shape[1]
     codes, scales = quantize_activation_ref(x, perm, split, low_bits)
-    y = torch.zeros(x.shape[0], low.shape[0], dtype=torch.float32)
+    sums = [torch.zeros(x.shape[0], low.shape[0], dtype=torch.int32) for _ in range(2)]
     if x.shape[0]:
-        for segment, (a, w) in enumerate(((codes[:, :split], low), (codes[:, split:], high))):
+        for i, (a, w) in enumerate(((codes[:, :split], low), (codes[:, split:], high))):
             if w.shape[1]:
-                y += torch._int_mm(a.contiguous(), w.t()).to(torch.float32) * scales[:, segment : segment + 1]
-    y *= scale
+                sums[i] = torch._int_mm(a.contiguous(), w.t())
+    y = scaled_sums(*sums, scales, two=high.shape[1] > 0) * scale
     if bias is not None:
         y += bias.to(torch.float32)
     return y.to(x.dtype)

@@ -59,7 +59,7 @@ def gemm_kernel(layout: str, tile: Tile) -> Callable[..., torch.Tensor]:
     """The launcher that reads weights of ``layout`` and takes ``tile``."""
     if layout == "triton":
         return w4ax_gemm_triton
-    if tile.small:  # imported here, because Gluon's modules need a Triton that has it
+    if tile.form == "small":  # imported here, because Gluon's modules need a Triton that has it
         from vllm_comet.kernels.w4ax_gemm_hopper_small import w4ax_gemm_hopper_small
 
         return w4ax_gemm_hopper_small

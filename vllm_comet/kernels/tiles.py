@@ -31,8 +31,8 @@ class Tile:
     block_m tokens × block_n weight rows, K cut in ``split`` slices (0: as many as fill the multiprocessors), ``warps``,
     ``stages`` of prefetched K blocks, ``group_n`` weight tiles that run side by side over the same tokens. On
     Hopper, a stage has ``depth`` K blocks, whose weights wait in registers; a thread has at most ``registers`` of them
-    (0: no limit), which lets more programs share a multiprocessor; ``small`` picks the kernel for few tokens, which
-    shares K out among a program's warps and knows neither ``split`` nor ``depth``.
+    (0: no limit), which lets more programs share a multiprocessor. ``form`` picks one of Hopper's kernels: ``general``,
+    or ``small`` for few tokens, which shares K out among a program's warps and knows neither ``split`` nor ``depth``.
     """
 
     block_m: int
@@ -43,9 +43,9 @@ class Tile:
     group_n: int = 8
     depth: int = 1
     registers: int = 0
-    small: bool = False
+    form: str = "general"
 
-    def to_dict(self) -> dict[str, int | bool]:
+    def to_dict(self) -> dict[str, int | str]:
         return asdict(self)
 
 
@@ -113,6 +113,6 @@ def choose_tile(device: torch.device, layout: str, n: int, k: int, m: int) -> Ti
         name, processors = device.type, 1
     entry = nearest(table_for(name, layout), n, k, max(m, 1))
     tile = entry.tile
-    if not tile.small and (tile.split == 0 or (entry.n, entry.k) != (n, k)):
+    if tile.form == "general" and (tile.split == 0 or (entry.n, entry.k) != (n, k)):
         tile = replace(tile, split=auto_split(tile, n, k, max(m, 1), processors))
     return tile

@@ -40,18 +40,33 @@ def w4ax_gemm_ref(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """``y[m, n] = (s[m, 0] · Σ_{k<split} a·w  +  s[m, 1] · Σ_{k≥split} a·w) · c[n] + bias[n]`` → ``[M, N]``.
+    """``y[m, n] = s[m, 1] · (Σ_{k<split} a·w · s[m, 0] / s[m, 1]  +  Σ_{k≥split} a·w) · c[n] + bias[n]`` → ``[M, N]``.
 
     codes int8 ``[M, K]`` and act_scales float32 ``[M, 2]`` from ``quantize_activation_ref``; weight int8 ``[N, K]``
-    from ``checkpoint.integer_weight``; weight_scale float32 ``[N]``. Sums are exact integers; the rest is float32.
+    from ``checkpoint.integer_weight``; weight_scale float32 ``[N]``. Sums are exact integers, and so is the first one
+    in units of the second scale (``rescale_sum``); the rest is float32. Without a second segment the scale is s[m, 0].
     """
     a, w = codes.to(torch.float64), weight.to(torch.float64)  # products and sums below 2**53: exact
-    low = (a[:, :split] @ w[:, :split].T).to(torch.float32)
-    high = (a[:, split:] @ w[:, split:].T).to(torch.float32)
-    y = (low * act_scales[:, :1] + high * act_scales[:, 1:]) * weight_scale
+    y = scaled_sums((a[:, :split] @ w[:, :split].T).to(torch.int32), (a[:, split:] @ w[:, split:].T).to(torch.int32),
+                    act_scales, two=split < codes.shape[1]) * weight_scale
     if bias is not None:
         y = y + bias.to(torch.float32)
     return y.to(out_dtype)
+
+
+def rescale_sum(low: torch.Tensor, act_scales: torch.Tensor) -> torch.Tensor:
+    """int32 sums ``[M, N]`` of the low segment in units of the high one's scale, halves rounded up."""
+    bits = act_scales.view(torch.int32)
+    shift = (bits[:, 1:] - bits[:, :1]) >> 23  # the scales differ by a power of two
+    right = shift.clamp_min(0)
+    return ((low << (-shift).clamp_min(0)) + ((1 << right) >> 1)) >> right
+
+
+def scaled_sums(low: torch.Tensor, high: torch.Tensor, act_scales: torch.Tensor, two: bool) -> torch.Tensor:
+    """float32 ``[M, N]`` of the int32 sums of both segments; two: whether there is a high segment."""
+    if not two:
+        return low.to(torch.float32) * act_scales[:, :1]
+    return (rescale_sum(low, act_scales) + high).to(torch.float32) * act_scales[:, 1:]
 
 
 # -------------------------------------------------------------------------------------------------------- weight layout
@@ -191,13 +206,12 @@ def _unpack(words, scale, HIGH: tl.constexpr, GROUPS: tl.constexpr, ASM: tl.cons
 
 @triton.jit
 def _dot_blocks(
-    w_rows, a_rows, g_rows, first, end, m_mask, n_pad,
+    acc, w_rows, a_rows, g_rows, first, end, m_mask, n_pad,
     BN: tl.constexpr, BM: tl.constexpr, GROUPS: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """Integer sum over blocks ``first .. end`` of W · xᵀ: int32 ``[BN, BM]``."""
+    """``acc`` int32 ``[BN, BM]`` plus the integer sum over blocks ``first .. end`` of W · xᵀ."""
     half = tl.arange(0, 64)
     group_stride = n_pad.to(tl.int64)
-    acc = tl.zeros((BN, BM), tl.int32)
     for block in range(first, end):
         words = tl.load(w_rows[:, None] + (block * 4096 + half)[None, :])
         a_low = tl.load(a_rows[None, :] + (block * 128 + half)[:, None], mask=m_mask[None, :], other=0)
@@ -214,11 +228,18 @@ def _dot_blocks(
 
 
 @triton.jit
-def _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, TWO: tl.constexpr, BIAS: tl.constexpr):
+def rescale(low, scales_at, inside):
+    """``rescale_sum`` along the last axis; scales_at: pointers to the rows' pairs of scales."""
+    a = tl.load(scales_at, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+    shift = (tl.load(scales_at + 1, mask=inside, other=0.0).to(tl.int32, bitcast=True) - a) >> 23
+    right = tl.maximum(shift, 0)[None, :]
+    return ((low << tl.maximum(-shift, 0)[None, :]) + ((1 << right) >> 1)) >> right
+
+
+@triton.jit
+def _write_output(acc, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, TWO: tl.constexpr, BIAS: tl.constexpr):
     m_mask, n_mask = rm < M, rn < N
-    y = low.to(tl.float32) * tl.load(as_ptr + rm * 2, mask=m_mask, other=0.0)[None, :]
-    if TWO:
-        y += high.to(tl.float32) * tl.load(as_ptr + rm * 2 + 1, mask=m_mask, other=0.0)[None, :]
+    y = acc.to(tl.float32) * tl.load(as_ptr + rm * 2 + (1 if TWO else 0), mask=m_mask, other=0.0)[None, :]
     y *= tl.load(c_ptr + rn, mask=n_mask, other=0.0)[:, None]
     if BIAS:
         y += tl.load(bias_ptr + rn, mask=n_mask, other=0.0).to(tl.float32)[:, None]
@@ -252,13 +273,18 @@ def _w4ax_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    low = _dot_blocks(w_rows, a_rows, g_rows, first, middle, m_mask, n_pad, BN, BM, GROUPS, ASM)
-    high = low
-    if TWO:
-        high = _dot_blocks(w_rows, a_rows, g_rows, middle, end, m_mask, n_pad, BN, BM, GROUPS, ASM)
+    scales_at = as_ptr + rm * 2
+    zeros = tl.zeros((BN, BM), tl.int32)
+    low = _dot_blocks(zeros, w_rows, a_rows, g_rows, first, middle, m_mask, n_pad, BN, BM, GROUPS, ASM)
     if SPLIT == 1:
-        _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, TWO, BIAS)
+        if TWO:
+            low = rescale(low, scales_at, m_mask)
+            low = _dot_blocks(low, w_rows, a_rows, g_rows, middle, end, m_mask, n_pad, BN, BM, GROUPS, ASM)
+        _write_output(low, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, TWO, BIAS)
     else:
+        high = zeros
+        if TWO:
+            high = _dot_blocks(zeros, w_rows, a_rows, g_rows, middle, end, m_mask, n_pad, BN, BM, GROUPS, ASM)
         # Slot i holds the low sum of slice i or the high sum of slice i − 1: only one slice can have both.
         cell = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
         slots = partial_ptr + tile.to(tl.int64) * ((SPLIT + 1) * BN * BM)
@@ -273,15 +299,15 @@ def _w4ax_kernel(
             tl.store(counter_ptr + tile, 0)
             low_end = tl.cdiv(low_blocks, per_piece)
             low = tl.zeros((BN, BM), tl.int32)
-            high = tl.zeros((BN, BM), tl.int32)
             for slot in tl.static_range(SPLIT):  # slots that nothing wrote are read and dropped
                 low += tl.where(slot < low_end, tl.load(slots + slot * (BN * BM) + cell, cache_modifier=".cg"), 0)
             if TWO:
+                low = rescale(low, scales_at, m_mask)
                 high_first = low_blocks // per_piece + 1
                 for slot in tl.static_range(1, SPLIT + 1):
                     part = tl.load(slots + slot * (BN * BM) + cell, cache_modifier=".cg")
-                    high += tl.where(slot >= high_first, part, 0)
-            _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, TWO, BIAS)
+                    low += tl.where(slot >= high_first, part, 0)
+            _write_output(low, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, TWO, BIAS)
 
 
 # ------------------------------------------------------------------------------------------------------------- launcher

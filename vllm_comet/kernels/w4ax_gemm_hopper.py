@@ -9,7 +9,8 @@ order, so a thread reads 16 consecutive bytes and unpacks them into its fragment
 memory with the activations that wgmma reads there. Activations arrive a step per copy, STAGES − 1 steps ahead; long
 steps amortise the barriers around a copy. While one half block (64 channels) is multiplied, the next is unpacked.
 
-Where the two activation segments meet inside a step, that step is done once for each, with the other's weights as zero.
+Between the two activation segments the accumulator is shifted into units of the second. Where they meet inside a step,
+that step is done once for each, with the other's weights as zero.
 
 Weights don't depend on the kernel before, so with programmatic dependent launch the first of them are fetched while
 that kernel still runs; only then does the program wait for its activations.
@@ -167,9 +168,10 @@ def _fetch_activations(pipe, turn, tile_m, step, plan, pred,
 
 
 @gluon.jit
-def _dot_steps(pipe, weights, queue, tile_m, tile_n, first, begin, end, last, plan, R: gl.constexpr, BM: gl.constexpr,
-               WARPS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, GROUPS: gl.constexpr):  # fmt: skip
-    """Integer sum over steps ``begin .. end`` of the program's ``first .. last``: int32 ``[64·R, BM]``.
+def _dot_steps(acc, pipe, weights, queue, tile_m, tile_n, first, begin, end, last, plan, R: gl.constexpr,
+               BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
+               GROUPS: gl.constexpr):  # fmt: skip
+    """``acc`` int32 ``[64·R, BM]`` plus the integer sum over steps ``begin .. end`` of the program's ``first .. last``.
 
     queue: the blocks of step ``begin`` as ``_load_block`` gives them; those of ``end`` are returned beside the sum.
     """
@@ -177,7 +179,6 @@ def _dot_steps(pipe, weights, queue, tile_m, tile_n, first, begin, end, last, pl
     dot: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     _, ring, full = pipe
     x_blocks = _blocks_of(ring, STAGES * DEPTH, BM)
-    acc = gl.zeros([64 * R, BM], gl.int32, mma)
     for step in range(begin, end):
         turn = step - first
         slot = turn % STAGES
@@ -207,11 +208,31 @@ def _dot_steps(pipe, weights, queue, tile_m, tile_n, first, begin, end, last, pl
 
 # --------------------------------------------------------------------------------------------------------------- output
 @gluon.jit
-def _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N,
-                  WARPS: gl.constexpr, TWO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
-    y = low.to(gl.float32) * gl.expand_dims(gl.load(as_ptr + rm * 2, mask=rm < M, other=0.0), 0)
-    if TWO:
-        y += high.to(gl.float32) * gl.expand_dims(gl.load(as_ptr + rm * 2 + 1, mask=rm < M, other=0.0), 0)
+def rescale_shifts(as_ptr, rm, M):
+    """log2(high scale / low scale) of tokens ``rm``, see ``act_quant.align_scales``."""
+    a = gl.load(as_ptr + rm * 2, mask=rm < M, other=0.0).to(gl.int32, bitcast=True)
+    return (gl.load(as_ptr + rm * 2 + 1, mask=rm < M, other=0.0).to(gl.int32, bitcast=True) - a) >> 23
+
+
+@gluon.jit
+def _store_shifts(as_ptr, tile_m, M, BM: gl.constexpr, WARPS: gl.constexpr):
+    """``rescale_shifts`` of a token tile in shared memory: a thread needs up to 64 and has no registers left."""
+    rm = tile_m * BM + gl.arange(0, BM, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    return gl.allocate_shared_memory(gl.int32, [BM], layout, rescale_shifts(as_ptr, rm, M))
+
+
+@gluon.jit
+def rescale(low, shift):
+    """``w4ax_gemm.rescale_sum``: ``shift`` belongs to the last axis of ``low``."""
+    right = gl.expand_dims(gl.maximum(shift, 0), 0)
+    return ((low << gl.expand_dims(gl.maximum(-shift, 0), 0)) + ((1 << right) >> 1)) >> right
+
+
+@gluon.jit
+def _write_output(acc, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N,
+                 WARPS: gl.constexpr, TWO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+    y = acc.to(gl.float32) * gl.expand_dims(gl.load(as_ptr + rm * 2 + (1 if TWO else 0), mask=rm < M, other=0.0), 0)
     y *= gl.expand_dims(gl.load(c_ptr + rn, mask=rn < N, other=0.0), 1)
     if BIAS:
         y += gl.expand_dims(gl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(gl.float32), 1)
@@ -239,13 +260,13 @@ def _unflat(flat, BN: gl.constexpr, BM: gl.constexpr, mma: gl.constexpr):
 
 
 @gluon.jit
-def _add_slots(total, slots, cell, first, end, skip, WARPS: gl.constexpr):
-    """``total`` plus the sums in slots ``first .. end`` except ``skip``."""
+def _add_slots(total, slots, cell, first, end, WARPS: gl.constexpr):
+    """``total`` plus the sums in slots ``first .. end``."""
     AT_ONCE: gl.constexpr = max(1, 64 * 32 * WARPS // total.shape[0])  # loads for 64 registers in flight
     for base in range(first, end, AT_ONCE):
         for i in gl.static_range(AT_ONCE):
             slot = base + i
-            wanted = (cell >= 0) & (slot < end) & (slot != skip)
+            wanted = (cell >= 0) & (slot < end)
             total += gl.load(slots + slot * total.shape[0] + cell, mask=wanted, other=0, cache_modifier=".cg")
     return total
 
@@ -264,7 +285,7 @@ def _tile_at(index, tiles_m, tiles_n, GROUP_N: gl.constexpr):
 def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, n_pairs,
                  blocks_k, low_blocks, total_steps, R: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr,
                  GROUP_N: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
-                 GROUPS: gl.constexpr, TWO: gl.constexpr, STASH: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+                 GROUPS: gl.constexpr, TWO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
     """Program (tile, slice of K); SPLIT says whether there is more than one slice."""
     BN: gl.constexpr = 64 * R
     mma: gl.constexpr = _mma_layout(BM, WARPS)
@@ -300,43 +321,38 @@ def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_p
     for slot in gl.static_range(STAGES):
         _fetch_activations(pipe, slot, tile_m, first + slot, plan, first + slot < last, BM, DEPTH, STAGES)
 
-    low, queue = _dot_steps(pipe, weights, queue, tile_m, tile_n, first, first, middle, last, plan, R, BM, WARPS,
-                            STAGES, DEPTH, GROUPS)
-    high = low
-    if TWO:
-        if STASH:  # two accumulators don't fit in the registers: the first waits in shared memory
-            swizzle: gl.constexpr = gl.SwizzledSharedLayout(vec=8, per_phase=1, max_phase=8, order=[1, 0])
-            stash = gl.allocate_shared_memory(gl.int32, [BN, BM], swizzle, value=low)
-        high, queue = _dot_steps(pipe, weights, queue, tile_m, tile_n, first, middle, last, last, plan, R, BM, WARPS,
-                                 STAGES, DEPTH, GROUPS)
-        if STASH:
-            low = stash.load(mma)
-
     rn = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, mma))
     rm = tile_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(0, mma))
+    if TWO:
+        shift = _store_shifts(as_ptr, tile_m, M, BM, WARPS)
+    zeros = gl.zeros([BN, BM], gl.int32, mma)
+    acc, queue = _dot_steps(zeros, pipe, weights, queue, tile_m, tile_n, first, first, middle, last, plan, R, BM, WARPS,
+                            STAGES, DEPTH, GROUPS)
     if not SPLIT:
-        _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, WARPS, TWO, BIAS)
+        if TWO:
+            acc = rescale(acc, shift.load(gl.SliceLayout(0, mma)))
+            acc, queue = _dot_steps(acc, pipe, weights, queue, tile_m, tile_n, first, middle, last, last, plan, R, BM,
+                                    WARPS, STAGES, DEPTH, GROUPS)
+        _write_output(acc, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, WARPS, TWO, BIAS)
     else:
         # Slot i holds the low sum of slice i or the high sum of slice i − 1: only one slice can have both.
-        low_sum = _flat(low)
-        high_sum = _flat(high)
-        cell = gl.arange(0, BN * BM, layout=low_sum.type.layout)
+        total = _flat(acc)
+        cell = gl.arange(0, BN * BM, layout=total.type.layout)
         slots = partial_ptr + tile.to(gl.int64) * ((pieces + 1) * (BN * BM))
-        if middle > first:
-            gl.store(slots + piece * (BN * BM) + cell, low_sum)
+        gl.store(slots + piece * (BN * BM) + cell, total, mask=(cell >= 0) & (middle > first))
         if TWO:
-            gl.store(slots + (piece + 1) * (BN * BM) + cell, high_sum, mask=(cell >= 0) & (last > middle))
+            acc, queue = _dot_steps(zeros, pipe, weights, queue, tile_m, tile_n, first, middle, last, last, plan, R, BM,
+                                    WARPS, STAGES, DEPTH, GROUPS)
+            gl.store(slots + (piece + 1) * (BN * BM) + cell, _flat(acc), mask=(cell >= 0) & (last > middle))
         cta_barrier()
         arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
         if arrived == pieces - 1:
             gl.store(counter_ptr + tile, 0)
-            # its own sums are still in registers
-            low_sum = _add_slots(low_sum, slots, cell, 0, gl.cdiv(low_steps, per_piece), piece, WARPS)
+            total = _add_slots(_flat(zeros), slots, cell, 0, gl.cdiv(low_steps, per_piece), WARPS)
             if TWO:
-                high_sum = _add_slots(high_sum, slots + BN * BM, cell, low_steps // per_piece, pieces, piece, WARPS)
-            low = _unflat(low_sum, BN, BM, mma)
-            high = _unflat(high_sum, BN, BM, mma)
-            _write_output(low, high, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, WARPS, TWO, BIAS)
+                total = _flat(rescale(_unflat(total, BN, BM, mma), shift.load(gl.SliceLayout(0, mma))))
+                total = _add_slots(total, slots, cell, low_steps // per_piece + 1, pieces + 1, WARPS)
+            _write_output(_unflat(total, BN, BM, mma), rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, WARPS, TWO, BIAS)
 
 
 # ------------------------------------------------------------------------------------------------------------- launcher
@@ -354,12 +370,11 @@ def constants(tile: Tile, split: int, group_size: int, two: bool) -> dict[str, i
     r, groups = tile.block_n // TILE_ROWS, 0 if group_size == -1 else BLOCK // group_size
     if tile.block_n > PAD_ROWS or tile.block_n < 16 * tile.warps or tile.depth < 1:
         raise ValueError(f"{tile}: block_n must be at least 16 for each warp and at most {PAD_ROWS}, depth at least 1.")
-    stash = two and split == 1 and tile.block_n * tile.block_m >= 128 * 32 * tile.warps
-    used = tile.stages * (tile.depth * tile.block_m * BLOCK + 8) + (4 * tile.block_n * tile.block_m if stash else 0)
+    used = tile.stages * (tile.depth * tile.block_m * BLOCK + 8) + 4 * tile.block_m
     if used > SHARED_MEMORY:
         raise ValueError(f"{tile} needs {used} bytes of shared memory; Hopper has {SHARED_MEMORY}. Use fewer stages.")
     return dict(R=r, BM=tile.block_m, SPLIT=split > 1, GROUP_N=tile.group_n, WARPS=tile.warps, STAGES=tile.stages,
-                DEPTH=tile.depth, GROUPS=groups, TWO=two, STASH=stash)
+                DEPTH=tile.depth, GROUPS=groups, TWO=two)
 
 
 def w4ax_gemm_hopper(

@@ -25,7 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from vllm_comet.checkpoint import BLOCK
 from vllm_comet.kernels.tiles import Tile
 from vllm_comet.kernels.w4ax_gemm import KernelWeight
-from vllm_comet.kernels.w4ax_gemm_hopper import SHARED_MEMORY, cta_barrier, tma_load, unpack
+from vllm_comet.kernels.w4ax_gemm_hopper import SHARED_MEMORY, cta_barrier, rescale, rescale_shifts, tma_load, unpack
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts
@@ -184,12 +184,12 @@ def _w4ax_small_kernel(x_desc, w_desc, g_desc, as_ptr, c_ptr, bias_ptr, y_ptr, M
     low = _add_ways(low_acc, BM, WAYS, SLABS, out)
     rn = row + gl.arange(0, BN, layout=gl.SliceLayout(1, out))
     rm = token + gl.arange(0, BM, layout=gl.SliceLayout(0, out))
-    y = low.to(gl.float32) * gl.expand_dims(gl.load(as_ptr + rm * 2, mask=rm < M, other=0.0), 0)
+    total = low
     if TWO:
         high_acc = _dot_groups(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, g_full, low_blocks,
                                blocks_k, -1, groups, row, token, BM, WAYS, SLABS, STAGES, GROUPS, REFILL)
-        high = _add_ways(high_acc, BM, WAYS, SLABS, out)
-        y += high.to(gl.float32) * gl.expand_dims(gl.load(as_ptr + rm * 2 + 1, mask=rm < M, other=0.0), 0)
+        total = rescale(low, rescale_shifts(as_ptr, rm, M)) + _add_ways(high_acc, BM, WAYS, SLABS, out)
+    y = total.to(gl.float32) * gl.expand_dims(gl.load(as_ptr + rm * 2 + (1 if TWO else 0), mask=rm < M, other=0.0), 0)
     y *= gl.expand_dims(gl.load(c_ptr + rn, mask=rn < N, other=0.0), 1)
     if BIAS:
         y += gl.expand_dims(gl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(gl.float32), 1)
