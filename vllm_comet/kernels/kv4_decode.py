@@ -247,18 +247,24 @@ class _Tile(NamedTuple):
 
 
 def _tile(head_dim: int) -> _Tile:
-    """Chosen on an H200: two buffered tiles a warp, and as many warps as shared memory then holds at once.
+    """Chosen on an H100: two buffered tiles a warp, and as few warps as still saturate the memory.
 
-    More programs than fit would run as a second wave, and cost a quarter of the speed; larger tiles spill registers.
+    Twice as many are 3 to 5 % slower at long contexts and 25 % at short ones, where most would find nothing to do; what
+    doesn't fit a multiprocessor at once would run as a second wave. Larger tiles spill registers.
     """
     if head_dim <= 64:
-        return _Tile(64, 5, 12, 168)
-    return _Tile(64 if head_dim <= 128 else 32, 5, 8, 168)
+        return _Tile(64, 5, 8, 168)
+    return _Tile(64 if head_dim <= 128 else 32, 5, 4, 168)
 
 
 def _merge_tile(requests: int) -> tuple[int, int, int]:
     """Warps, elements of the output and parts read at once: few requests have many parts each, many have few."""
-    return (4, 32, 256) if requests <= 4 else (1, 128, 8) if requests <= 32 else (4, 512, 4)
+    return (4, 32, 64) if requests <= 4 else (1, 128, 8) if requests <= 32 else (4, 512, 4)
+
+
+def _most_parts(requests: int, fill: int) -> int:
+    """Parts of a step: as many as fill the GPU, or one a request where that leaves few for a second, to save merging."""
+    return fill if 4 * requests <= 3 * fill else requests
 
 
 def _part_rows(num_heads: int, num_kv_heads: int) -> int:
@@ -293,7 +299,7 @@ def plan(seq_lens: torch.Tensor, window: int | None, head_dim: int, scratch: Dec
     fill = scratch.lse.shape[0]
     _plan_kernel[(1,)](
         seq_lens, scratch.parts, scratch.spans, requests, scratch.spans.shape[0], 2**30 if window is None else window,
-        scratch.parts.shape[0], max(fill, requests),
+        scratch.parts.shape[0], _most_parts(requests, fill),
         MAX_REQUESTS=max_requests, T=_tile(head_dim).tokens, CHUNK=1024,
         num_warps=max(1, min(8, max_requests // 128)),
     )  # fmt: skip
@@ -327,12 +333,12 @@ def decode(
     if tile.tokens % block_size and block_size % tile.tokens:
         raise ValueError(f"block size {block_size}; allowed: multiples and divisors of {tile.tokens}.")
     check_pages(cache, head_dim, group_size)
-    part_rows, fill = _part_rows(num_heads, num_kv_heads), scratch.lse.shape[0]
+    part_rows, programs = _part_rows(num_heads, num_kv_heads), _most_parts(requests, scratch.lse.shape[0])
     expand = group_size % (head_dim // 4) != 0
     # Only the merge kernel starts early: decode kernels that did took up to 17 us longer on an H200, and their programs
     # ended up to twice as far apart, presumably as they crowd on the multiprocessors that are free first.
     pdl = pdl_supported(q.device)
-    _decode_kernel[(max(fill, requests), num_kv_heads)](
+    _decode_kernel[(programs, num_kv_heads)](
         q, cache.view(torch.int16), cache.view(torch.int32), block_table, out,
         scratch.parts, scratch.partial, scratch.lse, 2**30 if window is None else window, scale * math.log2(math.e),
         q.stride(0), out.stride(0), block_table.stride(0), cache.stride(0) // 2, cache.stride(1) // 2,
@@ -340,7 +346,7 @@ def decode(
         ROWS=8 if group <= 8 else 16, PART_ROWS=part_rows, LANES=max(16, triton.next_power_of_2(head_dim // 4)),
         PDL=pdl, num_warps=1, num_stages=1 if expand else tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
-    if requests < fill:  # else every request is one part
+    if requests < programs:  # else every request is one part
         warps, elements, chunk = _merge_tile(requests)
         _merge_kernel[(requests, num_kv_heads, cdiv(head_dim * part_rows, elements))](
             scratch.spans, scratch.partial, scratch.lse, out, out.stride(0),
