@@ -263,7 +263,7 @@ def _merge_tile(requests: int) -> tuple[int, int, int]:
 
 
 def _most_parts(requests: int, fill: int) -> int:
-    """Parts of a step: as many as fill the GPU, or one a request where that leaves few for a second, to save merging."""
+    """Parts of a step: as many as fill the GPU, or one a request, without merging, where few would be left to split."""
     return fill if 4 * requests <= 3 * fill else requests
 
 
