@@ -69,7 +69,7 @@ def gluon():
 
 @pytest.mark.parametrize("tile,group_size", [
     (Tile(8, 64, 4, 4, 4, depth=4, registers=128), 128), (Tile(64, 64, 2, 4, 3, depth=4, registers=168), 64),
-    (Tile(256, 128, 1, 8, 3), 128), (Tile(128, 128, 1, 4, 3), -1),
+    (Tile(256, 128, 1, 8, 3), 128), (Tile(128, 128, 1, 4, 3), -1), (Tile(128, 128, 1, 4, 2, depth=2, ahead=1), 128),
 ])  # fmt: skip
 def test_hopper_gemm(tile, group_size):
     source, tensor_map = gluon()

@@ -52,33 +52,38 @@ def _small_candidates(m: int) -> list[Tile]:
 
 
 FORMS: dict[int, list[tuple[int, ...]]] = {
-    64: [(64, 64, 4, 3, 4, 168), (64, 64, 4, 2, 4, 168), (64, 64, 4, 3, 2, 128), (64, 64, 4, 4, 2, 128),
-         (32, 64, 4, 4, 4, 128), (64, 128, 8, 4, 2, 128), (64, 128, 4, 3, 4, 0), (64, 128, 4, 3, 2, 0)],
-    128: [(64, 64, 4, 3, 4, 168), (64, 64, 4, 2, 4, 168), (64, 64, 4, 3, 2, 128), (64, 128, 4, 3, 4, 0),
-          (128, 64, 4, 3, 2, 0), (128, 64, 4, 2, 2, 168), (128, 128, 4, 3, 2, 0), (128, 128, 8, 3, 4, 0)],
-    256: [(64, 64, 4, 3, 4, 168), (64, 128, 4, 3, 4, 0), (128, 64, 4, 3, 2, 0), (128, 64, 4, 3, 2, 168),
-          (128, 128, 4, 3, 2, 0), (128, 128, 8, 3, 4, 0), (256, 128, 8, 3, 1, 0), (256, 128, 8, 3, 2, 0)],
-    512: [(128, 64, 4, 3, 2, 0), (128, 128, 4, 2, 2, 0), (128, 128, 8, 3, 4, 0), (256, 128, 8, 3, 1, 0)],
-    1024: [(128, 128, 4, 2, 2, 0), (128, 128, 4, 3, 2, 0), (128, 128, 8, 2, 2, 128), (256, 128, 8, 3, 2, 0)],
+    32: [(32, 64, 4, 4, 4, 128, 0), (32, 128, 8, 4, 4, 128, 0)],
+    64: [(64, 64, 4, 3, 4, 168, 0), (64, 64, 4, 2, 4, 168, 0), (64, 64, 4, 3, 4, 168, 2), (64, 64, 4, 3, 2, 128, 0),
+         (32, 64, 4, 4, 4, 128, 0), (64, 128, 8, 4, 2, 128, 0), (64, 128, 4, 3, 4, 0, 0), (64, 128, 4, 3, 4, 0, 2)],
+    128: [(64, 64, 4, 3, 4, 168, 0), (64, 64, 4, 2, 4, 168, 0), (64, 64, 4, 3, 4, 168, 2), (64, 128, 4, 3, 4, 0, 2),
+          (128, 64, 4, 3, 2, 0, 0), (128, 64, 4, 3, 2, 168, 1), (128, 128, 4, 3, 2, 0, 0), (128, 128, 4, 3, 2, 0, 1),
+          (128, 128, 8, 3, 4, 0, 0), (128, 128, 8, 3, 4, 0, 2)],
+    256: [(64, 64, 4, 3, 4, 168, 0), (64, 128, 4, 3, 4, 0, 0), (128, 64, 4, 3, 2, 0, 0), (128, 64, 4, 3, 2, 168, 1),
+          (128, 128, 4, 3, 2, 0, 0), (128, 128, 4, 3, 2, 0, 1), (128, 128, 8, 3, 4, 0, 0), (128, 128, 8, 3, 4, 0, 2),
+          (256, 128, 8, 3, 2, 0, 1), (256, 128, 8, 3, 2, 0, 0)],
+    512: [(128, 128, 4, 3, 2, 0, 1), (128, 128, 4, 3, 2, 0, 0), (128, 128, 8, 3, 4, 0, 0), (256, 128, 8, 3, 2, 0, 1),
+          (256, 128, 8, 3, 1, 0, 0)],
+    1024: [(128, 128, 4, 2, 2, 0, 1), (128, 128, 4, 3, 2, 0, 1), (128, 128, 4, 3, 2, 0, 0), (128, 128, 8, 2, 2, 128, 1),
+           (256, 128, 8, 3, 2, 0, 1), (256, 128, 8, 3, 2, 0, 0)],
 }  # fmt: skip
-"""Tiles of Hopper's general kernel by the M up to which they are tried: block_m, block_n, warps, stages, depth and
-registers. With fewer registers, and less shared memory in stages, more of them share a multiprocessor."""
+"""Tiles of Hopper's general kernel by the M up to which they are tried: block_m, block_n, warps, stages, depth,
+registers and ahead. With fewer registers, and less shared memory in stages, more of them share a multiprocessor."""
 
 
 def _hopper_candidates(n: int, k: int, m: int) -> list[Tile]:
-    if m <= 32:
-        block_m = max(8, 1 << (m - 1).bit_length())
-        forms = [(block_m, 64, 4, 4, 4, 128), (block_m, 128, 8, 4, 4, 128)]
-    else:
-        forms = FORMS[min((limit for limit in FORMS if limit >= m), default=max(FORMS))]
+    forms = FORMS[min((limit for limit in FORMS if limit >= m), default=max(FORMS))]
+    if m < 32:
+        forms = [(max(8, 1 << (m - 1).bit_length()), *form[1:]) for form in forms]
+
+    def tile(form: tuple[int, ...], split: int, group_n: int) -> Tile:
+        block_m, block_n, warps, stages, depth, registers, ahead = form
+        return Tile(block_m, block_n, split, warps, stages, group_n, depth, registers, ahead=ahead)
+
+    if m > 256:
+        return [tile(form, 1, group_n) for form in forms for group_n in (8, 16, 32)]
     waves = (1, 2, 4) if m <= 64 else (1, 1.5, 2, 3)
-    if m <= 256:
-        tiles = [Tile(f[0], f[1], s, *f[2:4], 8, *f[4:]) for f in forms for s in _splits(n, k, m, *f[:2], f[4], waves)]
-    else:
-        tiles = [Tile(f[0], f[1], 1, *f[2:4], group, *f[4:]) for f in forms for group in (8, 16, 32)]
-    if m <= 64:
-        tiles += _small_candidates(m)
-    return tiles
+    tiles = [tile(form, split, 8) for form in forms for split in _splits(n, k, m, *form[:2], form[4], waves)]
+    return tiles + (_small_candidates(m) if m <= 64 else [])
 
 
 def _triton_candidates(n: int, k: int, m: int) -> list[Tile]:

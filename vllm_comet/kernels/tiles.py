@@ -30,9 +30,10 @@ class Tile:
 
     block_m tokens × block_n weight rows, K cut in ``split`` slices (0: as many as fill the multiprocessors), ``warps``,
     ``stages`` of prefetched K blocks, ``group_n`` weight tiles that run side by side over the same tokens. On
-    Hopper, a stage has ``depth`` K blocks, whose weights wait in registers; a thread has at most ``registers`` of them
-    (0: no limit), which lets more programs share a multiprocessor. ``form`` picks one of Hopper's kernels: ``general``,
-    or ``small`` for few tokens, which shares K out among a program's warps and knows neither ``split`` nor ``depth``.
+    Hopper, a stage has ``depth`` K blocks; the weights of a whole stage wait in registers, or of ``ahead`` blocks; a
+    thread has at most ``registers`` of them (0: no limit), which lets more programs share a multiprocessor. ``form``
+    picks the kernel: ``general``, or ``small`` for few tokens, which shares K out among a program's warps and knows
+    neither ``split`` nor ``depth`` nor ``ahead``.
     """
 
     block_m: int
@@ -44,6 +45,7 @@ class Tile:
     depth: int = 1
     registers: int = 0
     form: str = "general"
+    ahead: int = 0
 
     def to_dict(self) -> dict[str, int | str]:
         return asdict(self)

@@ -19,7 +19,6 @@ that kernel still runs; only then does the program wait for its activations.
 from __future__ import annotations
 
 import torch
-from triton import cdiv
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
@@ -27,6 +26,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_comet.checkpoint import BLOCK
+from vllm_comet.kernels._triton import cdiv
 from vllm_comet.kernels.tiles import Tile
 from vllm_comet.kernels.w4ax_gemm import PAD_ROWS, TILE_ROWS, KernelWeight, split_k
 
@@ -169,11 +169,12 @@ def _fetch_activations(pipe, turn, tile_m, step, plan, pred,
 
 @gluon.jit
 def _dot_steps(acc, pipe, weights, queue, tile_m, tile_n, first, begin, end, last, plan, R: gl.constexpr,
-               BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
+               BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, AHEAD: gl.constexpr,
                GROUPS: gl.constexpr):  # fmt: skip
     """``acc`` int32 ``[64·R, BM]`` plus the integer sum over steps ``begin .. end`` of the program's ``first .. last``.
 
-    queue: the blocks of step ``begin`` as ``_load_block`` gives them; those of ``end`` are returned beside the sum.
+    queue: the first AHEAD blocks of step ``begin`` as ``_load_block`` gives them; those of ``end`` are returned beside
+    the sum.
     """
     mma: gl.constexpr = _mma_layout(BM, WARPS)
     dot: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
@@ -184,18 +185,23 @@ def _dot_steps(acc, pipe, weights, queue, tile_m, tile_n, first, begin, end, las
         slot = turn % STAGES
         mbarrier.wait(full.index(slot), (turn // STAGES) & 1)
         for i in gl.static_range(DEPTH):
-            words, g_low, g_high = queue[i]
+            words, g_low, g_high = queue[i % AHEAD]
             words = _fragment(words, R, dot)
             if GROUPS > 0:
                 g_low = _row_scales(g_low, R, dot)
                 g_high = _row_scales(g_high, R, dot) if GROUPS > 1 else g_low
             x = x_blocks.index(slot * DEPTH + i).permute([1, 0])
             low = unpack(words, g_low, False, GROUPS)
+            if AHEAD < DEPTH:  # now, as ptxas lets all loads in flight share a scoreboard: the next wait is for these
+                target = step + (i + AHEAD) // DEPTH
+                block = _load_block(weights, tile_n, target, (i + AHEAD) % DEPTH, plan, target < last, R, DEPTH, GROUPS)
+                queue = queue[: i % AHEAD] + (block,) + queue[i % AHEAD + 1 :]
             acc = warpgroup_mma(low, x.slice(0, 64, dim=0), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
             high = unpack(words, g_high, True, GROUPS)
-            block = _load_block(weights, tile_n, step + 1, i, plan, step + 1 < last, R, DEPTH, GROUPS)
-            queue = queue[:i] + (block,) + queue[i + 1 :]
+            if AHEAD == DEPTH:
+                block = _load_block(weights, tile_n, step + 1, i, plan, step + 1 < last, R, DEPTH, GROUPS)
+                queue = queue[:i] + (block,) + queue[i + 1 :]
             acc = warpgroup_mma(high, x.slice(64, 64, dim=0), acc, is_async=True)
             if i == 0:  # every warp is done with the step before, so its stage is free
                 cta_barrier()
@@ -285,7 +291,7 @@ def _tile_at(index, tiles_m, tiles_n, GROUP_N: gl.constexpr):
 def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, n_pairs,
                  blocks_k, low_blocks, total_steps, R: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr,
                  GROUP_N: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
-                 GROUPS: gl.constexpr, TWO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+                 AHEAD: gl.constexpr, GROUPS: gl.constexpr, TWO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
     """Program (tile, slice of K); SPLIT says whether there is more than one slice."""
     BN: gl.constexpr = 64 * R
     mma: gl.constexpr = _mma_layout(BM, WARPS)
@@ -314,7 +320,7 @@ def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_p
     pairs_at = row[:, None] * 32 + gl.arange(0, 32, layout=gl.SliceLayout(0, pairs))[None, :]
     weights = (w_ptr, g_ptr, words_at, pairs_at, n_pairs)
     queue = (_load_block(weights, tile_n, first, 0, plan, True, R, DEPTH, GROUPS),)
-    for i in gl.static_range(1, DEPTH):
+    for i in gl.static_range(1, AHEAD):
         queue = queue + (_load_block(weights, tile_n, first, i, plan, True, R, DEPTH, GROUPS),)
     gdc_launch_dependents()
     gdc_wait()
@@ -327,12 +333,12 @@ def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_p
         shift = _store_shifts(as_ptr, tile_m, M, BM, WARPS)
     zeros = gl.zeros([BN, BM], gl.int32, mma)
     acc, queue = _dot_steps(zeros, pipe, weights, queue, tile_m, tile_n, first, first, middle, last, plan, R, BM, WARPS,
-                            STAGES, DEPTH, GROUPS)
+                            STAGES, DEPTH, AHEAD, GROUPS)
     if not SPLIT:
         if TWO:
             acc = rescale(acc, shift.load(gl.SliceLayout(0, mma)))
             acc, queue = _dot_steps(acc, pipe, weights, queue, tile_m, tile_n, first, middle, last, last, plan, R, BM,
-                                    WARPS, STAGES, DEPTH, GROUPS)
+                                    WARPS, STAGES, DEPTH, AHEAD, GROUPS)
         _write_output(acc, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, WARPS, TWO, BIAS)
     else:
         # Slot i holds the low sum of slice i or the high sum of slice i − 1: only one slice can have both.
@@ -342,7 +348,7 @@ def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_p
         gl.store(slots + piece * (BN * BM) + cell, total, mask=(cell >= 0) & (middle > first))
         if TWO:
             acc, queue = _dot_steps(zeros, pipe, weights, queue, tile_m, tile_n, first, middle, last, last, plan, R, BM,
-                                    WARPS, STAGES, DEPTH, GROUPS)
+                                    WARPS, STAGES, DEPTH, AHEAD, GROUPS)
             gl.store(slots + (piece + 1) * (BN * BM) + cell, _flat(acc), mask=(cell >= 0) & (last > middle))
         cta_barrier()
         arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
@@ -368,13 +374,15 @@ def count_steps(blocks: int, low_blocks: int, depth: int) -> int:
 def constants(tile: Tile, split: int, group_size: int, two: bool) -> dict[str, int | bool]:
     """The kernel's compile-time parameters for ``tile``; raises ValueError for a tile it can't run."""
     r, groups = tile.block_n // TILE_ROWS, 0 if group_size == -1 else BLOCK // group_size
-    if tile.block_n > PAD_ROWS or tile.block_n < 16 * tile.warps or tile.depth < 1:
-        raise ValueError(f"{tile}: block_n must be at least 16 for each warp and at most {PAD_ROWS}, depth at least 1.")
+    ahead = tile.ahead or tile.depth
+    if tile.block_n > PAD_ROWS or tile.block_n < 16 * tile.warps or tile.depth < 1 or tile.depth % ahead:
+        raise ValueError(f"{tile}: block_n must be at least 16 for each warp and at most {PAD_ROWS}, depth at least 1 "
+                         "and a multiple of ahead.")
     used = tile.stages * (tile.depth * tile.block_m * BLOCK + 8) + 4 * tile.block_m
     if used > SHARED_MEMORY:
         raise ValueError(f"{tile} needs {used} bytes of shared memory; Hopper has {SHARED_MEMORY}. Use fewer stages.")
     return dict(R=r, BM=tile.block_m, SPLIT=split > 1, GROUP_N=tile.group_n, WARPS=tile.warps, STAGES=tile.stages,
-                DEPTH=tile.depth, GROUPS=groups, TWO=two)
+                DEPTH=tile.depth, AHEAD=ahead, GROUPS=groups, TWO=two)
 
 
 def w4ax_gemm_hopper(

@@ -15,7 +15,6 @@ kernel before, so with programmatic dependent launch they are fetched while that
 from __future__ import annotations
 
 import torch
-from triton import cdiv
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, mma_v2
@@ -23,6 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_comet.checkpoint import BLOCK
+from vllm_comet.kernels._triton import cdiv
 from vllm_comet.kernels.tiles import Tile
 from vllm_comet.kernels.w4ax_gemm import KernelWeight
 from vllm_comet.kernels.w4ax_gemm_hopper import SHARED_MEMORY, cta_barrier, rescale, rescale_shifts, tma_load, unpack
