@@ -29,7 +29,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-kv4", action="store_true", help="leave the KV cache in bf16")
     parser.add_argument("--tensor-parallel", type=_positive, help="largest tensor-parallel size to serve at (default: "
                         "what the shapes allow, at most 8)")
-    parser.add_argument("--damping", type=float, default=0.01, help="added to the Hessian's diagonal, as a share "
+    parser.add_argument("--damping", type=float, default=0.1, help="added to the Hessian's diagonal, as a share "
                         "of its mean (default: %(default)s)")
     parser.add_argument("--rotate", choices=("none", "heads", "all"), default="none", help="spread outliers by an "
                         "exact rotation: of V in each head, or also of the residual stream (default: %(default)s)")

@@ -43,12 +43,12 @@ def error_curve(rows: torch.Tensor, weight: torch.Tensor, slices: int, low_bits:
     rows: float32 ``[R, K]`` tokens; weight: float32 ``[N, K]``, all readers of the input; both in stored order.
     """
     k = rows.shape[1]
-    exact = float((rows @ weight.T).square().sum().clamp_min(1e-30))
+    exact = (rows @ weight.T).square().sum().clamp_min(1e-30)
     curve = []
     for count in range(num_blocks(k // slices) + 1):
         restored = round_trip_activation(rows, act_bits(k, slices, count), low_bits)
-        curve.append(float(((restored - rows) @ weight.T).square().sum()) / exact)
-    return curve
+        curve.append(((restored - rows) @ weight.T).square().sum() / exact)
+    return torch.stack(curve).tolist()  # one wait for the device
 
 
 def segments(bits: torch.Tensor, k: int) -> tuple[torch.Tensor, int]:
@@ -59,7 +59,8 @@ def segments(bits: torch.Tensor, k: int) -> tuple[torch.Tensor, int]:
 
 def round_trip_activation(rows: torch.Tensor, bits: torch.Tensor, low_bits: int) -> torch.Tensor:
     """``rows`` ``[R, K]`` in stored order after quantisation in two segments, float32; low_bits: of the INT4 blocks."""
-    order, split = segments(bits.to(rows.device), rows.shape[1])
+    order, split = segments(bits, rows.shape[1])
+    order = order.to(rows.device)
     codes, scales = quantize_activation_ref(rows, order, split, low_bits)
     restored = codes.to(torch.float32)
     restored[:, :split] *= scales[:, :1]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rounding with error compensation (GPTQ, Frantar et al. 2022) on a fixed two-level grid."""
+"""Rounding with error compensation (GPTQ, Frantar et al. 2022) on a fixed two-level grid, and its refinement by
+coordinate descent (as in QuantEase, Behdin et al. 2023)."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from calibrate.errors import CalibrationError
-from calibrate.grid import HIGH, LOW, Grid
+from calibrate.grid import LOW, Grid
+from calibrate.rounding import COLUMNS, round_columns
 
-_COLUMNS = 128
-"""Columns between two updates of the rest of the matrix; does not change the result beyond rounding."""
+SWEEPS = 4
+"""Of coordinate descent. On SmolLM2's layers the error falls by 4, 6, 7 and 8 % with them."""
 
 
 @dataclass(frozen=True)
@@ -19,17 +21,23 @@ class Compensation:
     """How the rounding error of one input channel is best spread over others, from the Hessian of a layer's input.
 
     order ``[K]``: channels from the largest Hessian diagonal down, the order of rounding. inverse float32 ``[K, K]``:
-    upper triangular U with ``UᵀU`` the inverse of the damped Hessian in that order.
+    upper triangular U with ``UᵀU`` the inverse of the damped Hessian in that order. importance float32 ``[K]``, stored
+    order: what a squared rounding error of a channel costs once it is compensated, ``1 / U[i, i]²``; 0 for a channel
+    that is always zero.
     """
 
     order: torch.Tensor
     inverse: torch.Tensor
+    importance: torch.Tensor
 
     @classmethod
     def of(cls, hessian: torch.Tensor, damping: float, name: str) -> Compensation:
         """hessian: float32 ``[K, K]`` in stored order. Raises CalibrationError, naming ``name``, if it is singular."""
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        return cls(order, _inverse_factor(hessian, order, damping, name))
+        inverse = _inverse_factor(hessian, order, damping, name)
+        importance = torch.empty_like(hessian[0])
+        importance[order] = inverse.diagonal().square().reciprocal()
+        return cls(order, inverse, importance * (hessian.diagonal() > 0))
 
     def solve(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows (H + λI)⁻¹`` for ``rows`` ``[N, K]`` in stored order."""
@@ -46,17 +54,41 @@ def gptq(weight: torch.Tensor, compensation: Compensation, grid: Grid) -> torch.
     in the checkpoint.
     """
     order, inverse = compensation.order, compensation.inverse
-    weight = weight[:, order].clone()
-    steps = grid.steps(weight.shape[1])[:, order].contiguous()
-    codes = torch.empty_like(weight)
-    for start in range(0, weight.shape[1], _COLUMNS):
-        end = min(start + _COLUMNS, weight.shape[1])
-        errors = _round_columns(weight[:, start:end], steps[:, start:end], inverse[start:end, start:end],
-                                codes[:, start:end])
-        weight[:, end:] -= errors @ inverse[start:end, end:]
-    result = torch.empty_like(codes, dtype=torch.uint8)
-    result[:, order] = (codes - LOW).to(torch.uint8)
-    return result
+    weight = weight[:, order]
+    steps = grid.steps(weight.shape[1])[:, order]
+    codes = torch.empty_like(weight, dtype=torch.uint8)
+    for start in range(0, len(order), COLUMNS):
+        end = min(start + COLUMNS, len(order))
+        coupling = inverse[start:end, start:] / -inverse[start:end, start:end].diagonal().unsqueeze(1)
+        rounded, changes = round_columns(weight[:, start:end], steps[:, start:end], coupling[:, : end - start], None)
+        codes[:, order[start:end]] = (rounded - LOW).to(torch.uint8)
+        weight[:, end:] -= changes @ coupling[:, end - start :]
+    return codes
+
+
+def descend(
+    weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor, sweeps: int
+) -> Grid:
+    """Lower ``tr((W − Ŵ) H (W − Ŵ)ᵀ)`` by changing ``codes`` in place: each to its optimum given all others, column by
+    column, ``sweeps`` times; returns ``grid`` with each row's c at its optimum after every one.
+
+    GPTQ chooses a code when those to come are still free; here every code meets all others as they were rounded.
+    weight: float32 ``[N, K]``, hessian float32 ``[K, K]``, positive definite, both in stored order.
+    """
+    k, diagonal = weight.shape[1], hessian.diagonal()
+    for _ in range(sweeps):
+        steps = grid.steps(k)
+        stored = (codes.to(torch.float32) + LOW) * steps
+        slope = (stored - weight) @ hessian
+        for start in range(0, k, COLUMNS):
+            here = slice(start, start + COLUMNS)
+            best = stored[:, here] - slope[:, here] / diagonal[here]
+            coupling = hessian[here, here] / diagonal[here]
+            rounded, changes = round_columns(best, steps[:, here], coupling, stored[:, here])
+            codes[:, here] = (rounded - LOW).to(torch.uint8)
+            slope += changes @ hessian[here]
+        grid = refit_rows(weight, hessian, grid, codes)
+    return grid
 
 
 def refit_rows(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: torch.Tensor) -> Grid:
@@ -68,20 +100,6 @@ def refit_rows(weight: torch.Tensor, hessian: torch.Tensor, grid: Grid, codes: t
     return Grid(torch.where(best > 0, best, grid.row), grid.group, grid.group_size)  # NaN and 0 keep the old
 
 
-def _round_columns(
-    weight: torch.Tensor, steps: torch.Tensor, inverse: torch.Tensor, codes: torch.Tensor
-) -> torch.Tensor:
-    """Round a block of columns in place into ``codes`` (−8..7); returns its scaled errors ``[N, columns]``."""
-    weight = weight.T.contiguous()  # a column is contiguous
-    steps, errors = steps.T.contiguous(), torch.empty_like(weight)
-    for i in range(weight.shape[0]):
-        code = (weight[i] / steps[i]).round_().clamp_(LOW, HIGH)
-        codes[:, i] = code
-        errors[i] = (weight[i] - code * steps[i]) / inverse[i, i]
-        weight[i + 1 :].addr_(inverse[i, i + 1 :], errors[i], alpha=-1)
-    return errors.T
-
-
 def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float, name: str) -> torch.Tensor:
     """Upper triangular U with ``UᵀU = (H + λI)⁻¹`` in ``order``; channels that are always zero are left uncoupled.
 
@@ -89,7 +107,7 @@ def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float, 
     """
     reverse = order.flip(0)
     factor = hessian[reverse.unsqueeze(1), reverse]
-    _damp(factor, damping)
+    damp(factor, damping)
     factor, info = torch.linalg.cholesky_ex(factor)
     if int(info):
         raise CalibrationError(f"the Hessian of {name} is not positive definite with --damping {damping}; give more "
@@ -100,24 +118,31 @@ def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float, 
     return inverse.flip(0, 1)
 
 
-def corrected_targets(
-    weights: list[torch.Tensor], hessian: torch.Tensor, cross: torch.Tensor, drift: torch.Tensor | None,
-    compensation: Compensation,
+def output_errors(
+    weights: list[torch.Tensor], hessian: torch.Tensor, cross: torch.Tensor, drift: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """The float weights that best give, from the quantised model's inputs x, the output of the unquantised model.
-
-    Least squares of ``‖W x̃ + (h̃ − h) − W* x‖²``: ``W* = W + (W (E[x̃ xᵀ] − H) + E[(h̃ − h) xᵀ]) (H + λI)⁻¹``. Rounding W*
-    instead of W undoes part of the error of all earlier layers (asymmetric calibration, GPTAQ, Li et al. 2025, here
-    as one exact solve; the residual term extends it to what the layer's output is added to). ``cross`` is overwritten.
-    """
+    """``E[(W x̃ + (h̃ − h) − W x) xᵀ]`` of each W: what its output lacks against the unquantised model's, seen from the
+    quantised model's inputs x. ``cross``, E[x̃ xᵀ], is overwritten."""
     difference = cross.sub_(hessian)
     errors = [weight @ difference for weight in weights]
     if drift is not None:
         errors = [error + part for error, part in zip(errors, drift.split([len(w) for w in weights]), strict=True)]
+    return errors
+
+
+def corrected_targets(
+    weights: list[torch.Tensor], errors: list[torch.Tensor], compensation: Compensation
+) -> list[torch.Tensor]:
+    """The float weights that best give, from the quantised model's inputs x, the output of the unquantised model.
+
+    Least squares of ``‖W x̃ + (h̃ − h) − W* x‖²``: W + errors ``(H + λI)⁻¹`` with :func:`output_errors`. Rounding W*
+    instead of W undoes part of the error of all earlier layers (asymmetric calibration, GPTAQ, Li et al. 2025, here
+    as one exact solve; the residual term extends it to what the layer's output is added to).
+    """
     return [weight + compensation.solve(error) for weight, error in zip(weights, errors, strict=True)]
 
 
-def _damp(hessian: torch.Tensor, damping: float) -> None:
+def damp(hessian: torch.Tensor, damping: float) -> None:
     """Raise the diagonal by the share ``damping`` of its mean; channels that are always zero get the mean itself."""
     diagonal = hessian.diagonal()
     mean = diagonal.mean().clamp_min(1e-12)

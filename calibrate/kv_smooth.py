@@ -9,7 +9,8 @@ step_t² / 12 · Σ_i (q_i λ_i)², hence the output, to first order, by the sco
 
     E‖Δo‖² ∝ Σ_t step_t(λ, φ)² · Σ_i a_ti λ_i²,    a_ti = Σ_queries p_t² ‖v_t − o‖² q_i²
 
-Unlike the error measured on some keys, this does not depend on how those happen to round, so it fits other text too.
+with i over all channels of a group but its largest and its smallest, which set the step and are stored exactly. Unlike
+the error measured on some keys, this does not depend on how those happen to round, so it fits other text too.
 """
 
 from __future__ import annotations
@@ -107,8 +108,15 @@ def _expected_error(
     """Up to a constant, per KV head."""
     log_scale = torch.cat([transform.log_scale, transform.log_scale], dim=1).unsqueeze(1)
     groups = (transform.turn(keys, dim=2) * (-log_scale).exp()).unflatten(-1, (-1, kv_group_size))
+    cost = (weight * (2 * log_scale).exp()).unflatten(-1, (-1, kv_group_size))
     step = groups.amax(-1) - groups.amin(-1)  # [kv_heads, n, G]
-    return (step.square() * (weight * (2 * log_scale).exp()).unflatten(-1, (-1, kv_group_size)).sum(-1)).mean((1, 2))
+    return (step.square() * (cost.sum(-1) - _exact(groups, cost))).mean((1, 2))
+
+
+def _exact(groups: torch.Tensor, cost: torch.Tensor) -> torch.Tensor:
+    """``cost`` of each group's largest and smallest channel."""
+    ends = torch.stack([groups.argmax(-1), groups.argmin(-1)], dim=-1)
+    return cost.expand_as(groups).gather(-1, ends).sum(-1)
 
 
 def _fit(

@@ -11,7 +11,17 @@ import torch
 from calibrate.decoder import DecoderBuilder, DecoderLayer
 from calibrate.errors import CalibrationError
 from calibrate.fmpq import act_bits, error_curve, outlier_last, round_trip_activation
-from calibrate.gptq import Compensation, corrected_targets, gptq, hessian_error, refit_rows
+from calibrate.gptq import (
+    SWEEPS,
+    Compensation,
+    corrected_targets,
+    damp,
+    descend,
+    gptq,
+    hessian_error,
+    output_errors,
+    refit_rows,
+)
 from calibrate.grid import QuantizedLinear, search_grid
 from calibrate.hidden import Streams
 from calibrate.kv_smooth import smooth_k
@@ -96,9 +106,12 @@ class _LayerJob:
         hessian, cross, drift = stats.take(perm)
         errors, weights = {}, []
         floats = [self.layer.linear(member).weight[:, perm] for member in linear_input.members]
+        missing = output_errors(floats, hessian, cross, drift)
+        del cross, drift  # before the factorisation, which takes most
         compensation = Compensation.of(hessian, self.owner.damping, name)
-        targets = corrected_targets(floats, hessian, cross, drift, compensation)
-        del floats, cross, drift
+        targets = corrected_targets(floats, missing, compensation)
+        del floats, missing
+        damp(hessian, self.owner.damping)
         for member, weight in zip(linear_input.members, targets, strict=True):
             if not bool(torch.isfinite(weight).all()):
                 raise CalibrationError(f"the weights of model.layers.{self.index}.{member} are too large: what they "
@@ -139,8 +152,8 @@ class _LayerJob:
             for count in range(num_blocks(len(perm) // slices) + 1):
                 changed = _round_trip(x, perm, act_bits(len(perm), slices, count))
                 output = self._output(linear_input, changed, hidden, middle)
-                curve.append(float(((output - exact).square().sum(-1) / power).mean()))
-            self.report[linear_input.name]["output_error"] = curve
+                curve.append(((output - exact).square().sum(-1) / power).mean())
+            self.report[linear_input.name]["output_error"] = torch.stack(curve).tolist()  # one wait for the device
 
     def _output(
         self, at: LinearInput, x: torch.Tensor, hidden: torch.Tensor, middle: torch.Tensor
@@ -161,9 +174,10 @@ class _LayerJob:
     def _quantize_weight(
         self, weight: torch.Tensor, hessian: torch.Tensor, compensation: Compensation, perm: torch.Tensor
     ) -> QuantizedLinear:
-        grid = search_grid(weight, hessian.diagonal(), self.owner.comet.group_size)
+        grid = search_grid(weight, compensation.importance, self.owner.comet.group_size)
         codes = gptq(weight, compensation, grid)
-        return QuantizedLinear(refit_rows(weight, hessian, grid, codes), codes, perm)
+        grid = refit_rows(weight, hessian, grid, codes)
+        return QuantizedLinear(descend(weight, hessian, grid, codes, SWEEPS), codes, perm)
 
     def stored_tensors(self) -> dict[str, torch.Tensor]:
         """Everything of the layer that goes on disk; the order of down_proj's input is folded into gate and up."""

@@ -46,7 +46,7 @@ class Options:
     kv4: bool = True
     kv_group_size: int | None = None
     tensor_parallel: int | None = None
-    damping: float = 0.01
+    damping: float = 0.1
     rotation: Rotation = "none"
     tune: int = 0
 
@@ -169,12 +169,13 @@ def load_quantized(
 
 
 def _propagate(layer: DecoderLayer, states: HiddenStates) -> None:
+    finite = torch.ones((), dtype=torch.bool, device=layer.builder.device)
     for i, hidden in enumerate(states):
-        output = layer.forward(hidden)
-        if not bool(torch.isfinite(output).all()):
-            raise CalibrationError(f"the output of model.layers.{layer.index} is NaN or infinite on the calibration "
-                                   "text; check the model's weights.")
-        states[i] = output
+        states[i] = output = layer.forward(hidden)
+        finite &= torch.isfinite(output).all()
+    if not bool(finite):  # asked once: every answer waits for the device
+        raise CalibrationError(f"the output of model.layers.{layer.index} is NaN or infinite on the calibration text; "
+                               "check the model's weights.")
 
 
 def _export(source: ModelSource, workspace: Workspace, comet: fmt.CometFormat, dims: Dims, options: Options,

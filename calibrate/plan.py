@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from calibrate.gptq import SWEEPS
 from calibrate.hidden import default_device_budget, default_host_budget
 from calibrate.loading import ModelSource
 from calibrate.models import DOWN, LINEAR_INPUTS, Dims, Family, tensor_parallel_obstacle
@@ -17,8 +18,8 @@ from vllm_comet import checkpoint as fmt
 from vllm_comet.kernels.kv4_cache import bytes_per_token
 
 _GIB = 2**30
-_COLUMN_SECONDS = 60e-6
-"""Of rounding one channel on a GPU, where it waits for launches."""
+_COLUMN_SECONDS = {"cpu": 40e-6, "cuda": 1e-6}
+"""Of rounding one channel once, beside the products."""
 _ALLOCATOR = 1.65
 """What PyTorch took for a layer of Llama-3-8B on an H200, over what is counted here."""
 _MOVES, _BUS_BYTES = 4.5, 8e9
@@ -119,11 +120,11 @@ class Plan:
         widths = [self.dims.width(i) for i in LINEAR_INPUTS]
         low = self.tokens * (4 * sum(k * k for k in widths) + 6 * self.layer_weights)
         exact = self.tokens * 2 * self.dims.hidden * (widths[1] + widths[3])
-        exact += sum(2 * k**3 + 10 * k * k * sum(self.dims.rows(i))
+        exact += sum(2 * k**3 + (10 + 6 * SWEEPS) * k * k * sum(self.dims.rows(i))
                      for i, k in zip(LINEAR_INPUTS, widths, strict=True))
-        columns = sum(len(i.members) * k for i, k in zip(LINEAR_INPUTS, widths, strict=True))
+        columns = (1 + SWEEPS) * sum(len(i.members) * k for i, k in zip(LINEAR_INPUTS, widths, strict=True))
         moved = 0 if self.device.type == "cpu" else (self.hidden_bytes - self.hidden_on_gpu) * _MOVES
-        return low / rates.low + exact / rates.exact + columns * _COLUMN_SECONDS + moved / _BUS_BYTES
+        return low / rates.low + exact / rates.exact + columns * _COLUMN_SECONDS[self.device.type] + moved / _BUS_BYTES
 
 
 @dataclass(frozen=True)

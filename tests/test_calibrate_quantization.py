@@ -17,7 +17,7 @@ from calibrate.fmpq import (
     outlier_last,
     round_trip_activation,
 )
-from calibrate.gptq import Compensation, corrected_targets, gptq, hessian_error, refit_rows
+from calibrate.gptq import Compensation, corrected_targets, descend, gptq, hessian_error, output_errors, refit_rows
 from calibrate.grid import QuantizedLinear, dequantize, round_to_grid, search_grid
 from vllm_comet import checkpoint as fmt
 
@@ -48,7 +48,22 @@ def test_gptq_beats_rounding_to_nearest(problem, group_size):
     compensated = hessian_error(stored(weight, codes, grid) - weight, hessian)
     assert compensated < 0.7 * hessian_error(nearest - weight, hessian)
     refitted = refit_rows(weight, hessian, grid, codes)
-    assert hessian_error(stored(weight, codes, refitted) - weight, hessian) < compensated
+    found = hessian_error(stored(weight, codes, refitted) - weight, hessian)
+    assert found < compensated
+    descended = descend(weight, hessian, refitted, codes, sweeps=3)
+    assert hessian_error(stored(weight, codes, descended) - weight, hessian) < 0.97 * found
+
+
+@pytest.mark.parametrize("group_size", [64, 128])
+def test_scales_chosen_for_compensated_errors_serve_gptq_better(problem, group_size):
+    weight, _, hessian = problem
+    compensation = Compensation.of(hessian, 0.01, "layer")
+
+    def error(importance: torch.Tensor) -> float:
+        grid = search_grid(weight, importance, group_size)
+        return hessian_error(stored(weight, gptq(weight, compensation, grid), grid) - weight, hessian)
+
+    assert error(compensation.importance) < error(hessian.diagonal())
 
 
 @pytest.mark.parametrize("group_size", fmt.GROUP_SIZES)
@@ -95,8 +110,8 @@ def test_corrected_target_brings_the_output_nearer_to_the_exact_one(problem):
     x = exact + 0.3 * torch.randn(exact.shape, generator=torch.Generator().manual_seed(1)) @ torch.ones(K, K) / K
     drift = 0.1 * x[:, :N]
     hessian = x.T @ x / TOKENS
-    [target] = corrected_targets([weight], hessian, exact.T @ x / TOKENS, drift.T @ x / TOKENS,
-                                 Compensation.of(hessian, 1e-4, "layer"))
+    missing = output_errors([weight], hessian, exact.T @ x / TOKENS, drift.T @ x / TOKENS)
+    [target] = corrected_targets([weight], missing, Compensation.of(hessian, 1e-4, "layer"))
     wanted = exact @ weight.T + drift
 
     def error(w: torch.Tensor) -> float:
