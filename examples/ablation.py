@@ -4,8 +4,8 @@
     python examples/ablation.py MODEL --text wikitext2_test.raw.txt --name smollm2-135m --jobs 8
 
 MODEL is a Hugging Face folder, hub id or .gguf file. Variants run side by side in ``--jobs`` processes; rows are
-written as they come. ``--start CHECKPOINT`` takes that one, instead of calibrating anew, as what the INT8 shares and
-tuned variants start from.
+written as they come. ``--start CHECKPOINT``, made with the same settings, serves as the default, and as what INT8
+shares and tuning start from.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from calibrate.data import load_text, token_windows
 from calibrate.export import REPORT
 from calibrate.fmpq import Candidate, act_bits, allocate
-from calibrate.gptq import Compensation
+from calibrate.gptq import Compensation, output_errors
 from calibrate.grid import round_to_grid
 from calibrate.loading import ModelSource, open_model
 from calibrate.models import LINEAR_INPUTS, Dims
@@ -70,22 +70,47 @@ def _unordered(hessian: torch.Tensor, damping: float, name: str, of: Callable = 
         return of(hessian, damping, name)
 
 
+def _diagonal(hessian: torch.Tensor, damping: float, name: str, of: Callable = Compensation.of) -> Compensation:
+    """Compensation whose importance leaves out that errors are compensated."""
+    return replace(of(hessian, damping, name), importance=hessian.diagonal().clone())
+
+
+def _part(share: float) -> Callable:
+    """``output_errors`` of which only ``share`` is to be made good."""
+    return lambda *inputs: [share * error for error in output_errors(*inputs)]
+
+
 VARIANTS: dict[str, Variant] = {
     "default": Variant(),
-    "rounding to nearest": Variant(patches={"calibrate.layer.gptq": lambda w, _, grid: round_to_grid(w, grid)}),
+    "rounding to nearest": Variant(patches={"calibrate.layer.gptq": lambda w, _, grid: round_to_grid(w, grid),
+                                            "calibrate.layer.Compensation.of": _diagonal,
+                                            "calibrate.layer.SWEEPS": 0}),
     "no corrected targets": Variant(patches={"calibrate.layer.corrected_targets": _keep}),
+    "targets corrected by half": Variant(patches={"calibrate.layer.output_errors": _part(0.5)}),
+    "targets corrected by a quarter": Variant(patches={"calibrate.layer.output_errors": _part(0.25)}),
+    "damping 0.01": Variant({"damping": 0.01}),
+    "damping 0.3": Variant({"damping": 0.3}),
+    "damping 0.01, targets corrected by half": Variant({"damping": 0.01},
+                                                       {"calibrate.layer.output_errors": _part(0.5)}),
+    "three times the samples": Variant({"samples": 384}),
     "no act-order": Variant(patches={"calibrate.layer.Compensation.of": _unordered}),
+    "no coordinate descent": Variant(patches={"calibrate.layer.SWEEPS": 0}),
+    "scales by the Hessian's diagonal": Variant(patches={"calibrate.layer.Compensation.of": _diagonal}),
     "no scale search": Variant(patches={"calibrate.grid._SHRINK": 0, "calibrate.grid._GROW": 0}),
-    "no refitted rows": Variant(patches={"calibrate.layer.refit_rows": lambda w, h, grid, codes: grid}),
+    "no refitted rows": Variant(patches=dict.fromkeys(("calibrate.layer.refit_rows", "calibrate.gptq.refit_rows"),
+                                                      lambda w, h, grid, codes: grid)),
     "no K smoothing": Variant(patches={"calibrate.layer.smooth_k": lambda *_: 1.0}),
+    "K smoothing as if no channel were exact": Variant(patches={"calibrate.kv_smooth._exact": lambda *_: 0.0}),
+    "K smoothing in 600 steps": Variant(patches={"calibrate.kv_smooth._STEPS": 600}),
     "INT8 blocks by each linear's own error": Variant(patches={"calibrate.pipeline.BUDGET_ERROR": "mixed_error"}),
     "weight groups of 128": Variant({"group_size": 128}),
     "KV groups of 64": Variant({"kv_group_size": 64}),
     "--rotate heads": Variant({"rotation": "heads"}),
     "--rotate all": Variant({"rotation": "all"}),
-    "--tune 96": Variant(tune={"steps": 96, "recompute": False}),
-    "--tune 96, int8 steps only": Variant(tune={"steps": 96, "recompute": False, "mixed_share": 0.0}),
-    "--tune 96, codes too": Variant(tune={"steps": 96, "recompute": False, "mixed_share": 0.0, "code_rate": 0.003}),
+    "--tune 96": Variant(tune={"steps": 96}),
+    "--tune 96, int8 steps only": Variant(tune={"steps": 96, "mixed_share": 0.0}),
+    "--tune 96, int8 steps only, codes too": Variant(tune={"steps": 96, "mixed_share": 0.0, "code_rate": 0.003}),
+    "--tune 288, int8 steps only, codes too": Variant(tune={"steps": 288, "mixed_share": 0.0, "code_rate": 0.003}),
     **{f"INT8 share {share:g}": Variant(share=share, modes=("W4AxKV4",)) for share in SHARES},
 }
 
@@ -105,20 +130,19 @@ def give_share(directory: Path, dims: Dims, share: float) -> None:
 
 
 def make(source: ModelSource, variant: Variant, args: argparse.Namespace, out: Path) -> None:
-    """Calibrate as ``variant`` says, or change a copy of ``--start``."""
-    data, start = args.data, args.start
-    if start is not None and (variant.share is not None or variant.tune is not None):
-        shutil.copytree(start, out)
+    """Calibrate as ``variant`` says, or take a copy of ``--start``, and change it."""
+    if args.start is not None and not variant.options and not variant.patches:
+        shutil.copytree(args.start, out)
     else:
         with contextlib.ExitStack() as stack:
             for name, replacement in variant.patches.items():
                 stack.enter_context(patch(name, replacement))
-            calibrate(source, out, Options(data=data, length=args.length, **variant.options))
+            calibrate(source, out, Options(**{"data": args.data, "length": args.length, **variant.options}))
     if variant.share is not None:
         give_share(out, Dims.of(source.config()), variant.share)
     if variant.tune is not None:
         tokenizer = source.tokenizer()
-        windows = token_windows(load_text(data, tokenizer), tokenizer, None, args.length, 0, 2**31)
+        windows = token_windows(load_text(args.data, tokenizer), tokenizer, None, args.length, 0, 2**31)
         tune_checkpoint(source.directory, out, windows, TuneOptions(**variant.tune), device())
 
 
@@ -127,8 +151,8 @@ def run(name: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1 if args.jobs > 1 else torch.get_num_threads())
     source, start = ModelSource(model), time.monotonic()
     dtype = torch.float32 if device().type == "cpu" else torch.bfloat16
-    row: dict[str, Any] = {"variant": name, "ppl": {}, "valid_ppl": {}}
     evaluate = Evaluator(source, args.text, args.windows, args.tasks)
+    row: dict[str, Any] = {"variant": name, "windows": len(evaluate.windows), "ppl": {}, "valid_ppl": {}}
     choose = Evaluator(source, args.valid, args.valid_windows, None) if args.valid else None
     with tempfile.TemporaryDirectory(prefix="comet-ablation-") as folder:
         checkpoint = Path(folder) / "checkpoint"
@@ -155,7 +179,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sample (default: %(default)s)")
     parser.add_argument("--valid", type=Path, help="text to choose variants by, read as WikiText rows")
     parser.add_argument("--valid-windows", type=int, default=20)
-    parser.add_argument("--start", type=Path, help="checkpoint that INT8 shares and tuned variants start from")
+    parser.add_argument("--start", type=Path, help="checkpoint of the default variant")
     parser.add_argument("--only", nargs="+", choices=["bf16", *VARIANTS], default=["bf16", *VARIANTS])
     parser.add_argument("--task-modes", nargs="+", default=["bf16", "W4A8KV4"], help="modes that answer the tasks")
     parser.add_argument("--jobs", type=int, default=1, help="variants at a time (default: %(default)s)")
@@ -164,7 +188,8 @@ def main() -> None:
     result, rows = header(args.name, args.commit), []
     with open_model(args.model) as source, ProcessPoolExecutor(
             args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        tasks = {pool.submit(run, name, source.directory, args): name for name in args.only}
+        longest_first = sorted(args.only, key=lambda name: name not in VARIANTS or VARIANTS[name].tune is None)
+        tasks = {pool.submit(run, name, source.directory, args): name for name in longest_first}
         for task in as_completed(tasks):
             failure = task.exception()
             row = {"variant": tasks[task], "failed": repr(failure)[:300]} if failure else task.result()

@@ -11,6 +11,7 @@ counted; writing the layer's 4-bit tensors is. The export at the end (copying th
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import re
 import sys
@@ -58,7 +59,11 @@ def host_peak_bytes() -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def measure(name: str, layers: int, samples: int, length: int, host_memory: int, folder: str) -> dict[str, Any]:
+def measure(
+    name: str, layers: int, samples: int, length: int, host_memory: int, folder: str, limit: float
+) -> dict[str, Any]:
+    """One row; no layer begins when ``limit`` seconds have passed."""
+    begin = time.perf_counter()
     avoid_fragmentation()
     config = LlamaConfig(**_COMMON, **MODELS[name], architectures=["LlamaForCausalLM"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,8 +90,10 @@ def measure(name: str, layers: int, samples: int, length: int, host_memory: int,
             calibrate_layer(weights, index, calibrator, workspace, streams)
             seconds.append(round(time.perf_counter() - start, 2))
             print(f"{name} layer {index}: {seconds[-1]} s", flush=True)
+            if time.perf_counter() - begin > limit:
+                break
     steady = seconds[1:] or seconds
-    return {"model": name, "samples": samples, "length": length, "layers": layers, "of_layers": dims.layers,
+    return {"model": name, "samples": samples, "length": length, "layers": len(seconds), "of_layers": dims.layers,
             "layer_seconds": seconds, "projected_minutes": round(sum(steady) / len(steady) * dims.layers / 60, 1),
             "host_peak_gib": round(host_peak_bytes() / 2**30, 2), "spilled_gib": round(store.spilled / 2**30, 2),
             "gpu_peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if device.type == "cuda" else None}
@@ -98,6 +105,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--host-memory", type=float, help="GiB of hidden states kept in memory (default: half of it)")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no layer of a model after so long")
     parser.add_argument("--folder", help="where working files go (default: the system's folder for such)")
     parser.add_argument("--commit", help="what was measured, where there is no git to ask")
     parser.add_argument("--out", type=Path, required=True)
@@ -109,11 +117,12 @@ def main() -> None:
         pool.submit(time.time)  # imports while the first model runs
     for model, pool in zip(args.models, pools, strict=True):
         name, _, layers = model.partition(":")
-        rows.append(pool.submit(measure, name, int(layers), args.samples, args.length, budget, args.folder).result())
+        rows.append(pool.submit(measure, name, int(layers), args.samples, args.length, budget, args.folder,
+                                args.seconds).result())
         pool.shutdown()
         print(rows[-1], flush=True)
         given = [f"--{key.replace('_', '-')} {value}" for key, value in vars(args).items()
-                 if key in ("samples", "length", "host_memory") and value != parser.get_default(key)]
+                 if key in ("samples", "length", "host_memory", "seconds") and value != parser.get_default(key)]
         env = environment() | {"command": " ".join(["python examples/scale.py", *args.models, *given,
                                                     f"--out {args.out.name}"])}
         write_results(args.out, rows, env | ({"commit": args.commit} if args.commit else {}))

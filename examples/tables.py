@@ -15,6 +15,7 @@ GEMM_MODES = ["comet-g128", "comet-g64", "comet-channel", "marlin-w4a16", "mache
               "cutlass-fp8", "cutlass-w4a8-fp8"]
 GEMM_ROWS = [1, 16, 64, 128, 256, 1024, 4096]
 BASELINE = "bf16"
+DEFAULT_MODE, MIXED_MODE, SHARE = "W4A8KV4", "W4AxKV4", "INT8 share"
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -36,6 +37,71 @@ def accuracy() -> Iterator[str]:
         yield ""
         yield from table(["mode", *(f"first {n} windows" for n in counts)],
                          [[row["mode"], *(f"{row['ppl'][n]:.2f}" for n in counts)] for row in found["rows"]])
+
+
+def ablation_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """What was measured, by variant; nothing of a run that did not get to the two others are compared with."""
+    rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"] if "failed" not in row}
+    return rows if {"bf16", "default"} <= rows.keys() else {}
+
+
+def ablation() -> Iterator[str]:
+    for path in sorted(RESULTS.glob("ablation-*.json")):
+        found, rows = json.loads(path.read_text()), ablation_rows(path)
+        if not rows:
+            continue
+        base, modes = rows["bf16"], list(rows["default"]["ppl"])
+        yield (f"**{found['name']}**, the calibrator with each part left out or changed: WikiText-2 perplexity (raw "
+               f"test, {base['windows']} windows of 2048) by mode, and mean accuracy of nine tasks in {DEFAULT_MODE}. "
+               f"bf16: {base['ppl']['bf16']:.2f}, {_percent(base, 'bf16')}. {source(path, found)}")
+        yield ""
+        yield from table(["", *modes, "tasks"], [
+            [name, *(f"{row['ppl'][mode]:.2f}" if mode in row["ppl"] else "" for mode in modes),
+             _percent(row, DEFAULT_MODE)] for name, row in rows.items()
+            if name != "bf16" and not name.startswith(SHARE)])
+
+
+def shares() -> Iterator[str]:
+    for path in sorted(RESULTS.glob("ablation-*.json")):
+        found, rows = json.loads(path.read_text()), ablation_rows(path)
+        if not rows:
+            continue
+        base = rows["default"]["ppl"][DEFAULT_MODE]
+        yield (f"**{found['name']}**, `mixed` mode by the share of channels that stay INT8; {DEFAULT_MODE} has "
+               f"{base:.2f}. [{path.name}](examples/results/{path.name})")
+        yield ""
+        yield from table(["INT8 share", f"perplexity, {MIXED_MODE}", f"over {DEFAULT_MODE}"], [
+            [f"{row['int8_share']:.1%}", f"{row['ppl'][MIXED_MODE]:.2f}", f"{row['ppl'][MIXED_MODE] / base:.2f}"]
+            for name, row in rows.items() if name.startswith(SHARE)])
+
+
+def yardstick() -> Iterator[str]:
+    """llm-compressor's rows, and of the ablation on the same model what they are to be compared with."""
+    for path in sorted(RESULTS.glob("yardstick-*.json")):
+        found = json.loads(path.read_text())
+        lines = []
+        for row in found["rows"]:
+            failure = row.get("refused") or row.get("failed")
+            ppl = f"not made: {failure.split('.')[0]}" if failure else f"{list(row['ppl'].values())[-1]:.2f}"
+            lines.append([f"llm-compressor, GPTQ {row['scheme']}", ppl, _percent(row)])
+        same = RESULTS / path.name.replace("yardstick", "ablation")
+        ours = ablation_rows(same) if same.exists() else {}
+        for label, variant, mode in (("bf16", "bf16", "bf16"), ("COMET W4A8KV4 g64", "default", DEFAULT_MODE),
+                                     ("COMET W4A8KV4 g128", "weight groups of 128", DEFAULT_MODE)):
+            if variant in ours:
+                lines.append([label, f"{ours[variant]['ppl'][mode]:.2f}", _percent(ours[variant], mode)])
+        yield (f"**{found['name']}**, the same model quantised by llm-compressor {found['versions']['llmcompressor']} "
+               f"on the same calibration text, measured by the same evaluator. {source(path, found)}")
+        yield ""
+        yield from table(["", "WikiText-2 perplexity", "mean of nine tasks"], lines)
+
+
+def _percent(row: dict[str, Any], mode: str | None = None) -> str:
+    """The mean accuracy of a row, or of one of its modes; empty where it was not measured."""
+    value = row.get("zeroshot_mean")
+    if mode is not None and value is not None:
+        value = value.get(mode)
+    return "" if value is None else f"{value:.1%}"
 
 
 def gemm() -> Iterator[str]:
@@ -120,17 +186,18 @@ def scale() -> Iterator[str]:
         yield from table(["model", "layers measured", "seconds a layer", "whole model", "GPU memory", "host memory"], [
             [row["model"], f"{row['layers']} of {row['of_layers']}",
              f"{mean(row['layer_seconds'][1:] or row['layer_seconds']):.1f}",
-             f"{row['projected_minutes']:.0f} min (projected)",
+             f"{row['projected_minutes']:.0f} min{'' if row['layers'] == row['of_layers'] else ' (projected)'}",
              f"{row['gpu_peak_gib']:.1f} GiB", f"{row['host_peak_gib']:.1f} GiB"] for row in found["rows"]])
 
 
 def write_readme() -> None:
     text = README.read_text()
-    for name, lines in (("scale", scale()), ("accuracy", accuracy()), ("gemm", gemm()), ("attention", attention()),
-                        ("serve", serve())):
-        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+    for make in (scale, accuracy, ablation, shares, yardstick, gemm, attention, serve):
+        begin, end = f"<!-- {make.__name__}:begin -->\n", f"<!-- {make.__name__}:end -->"
+        if begin not in text:
+            continue
         head, rest = text.split(begin)
-        text = head + begin + "\n".join([*lines, ""]) + end + rest.split(end)[1]
+        text = head + begin + "\n".join([*make(), ""]) + end + rest.split(end)[1]
     README.write_text(text)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from measure import Evaluator, add_arguments, device, header, save
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from calibrate.data import load_text, token_windows
@@ -29,6 +30,7 @@ SCHEMES: dict[str, tuple[int, int | None, int | None]] = {
     "W4A8 g128": (4, 128, 8),
 }
 """Bits of the weights, channels of a weight scale (None: one a row), bits of the activations (None: 16)."""
+BATCH = 8
 
 
 def gptq(model: PreTrainedModel, scheme: str, windows: torch.Tensor) -> PreTrainedModel:
@@ -38,7 +40,6 @@ def gptq(model: PreTrainedModel, scheme: str, windows: torch.Tensor) -> PreTrain
     windows: int64 ``[samples, length]``. Raises ValueError where llm-compressor can't cut a row in such groups.
     """
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from datasets import Dataset
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
 
@@ -50,19 +51,20 @@ def gptq(model: PreTrainedModel, scheme: str, windows: torch.Tensor) -> PreTrain
         num_bits=activation_bits, type="int", symmetric=True, strategy="token", dynamic=True)
     group = QuantizationScheme(targets=["Linear"], input_activations=activations,
                                weights=QuantizationArgs(num_bits=bits, type="int", symmetric=True, **strategy))
-    samples = Dataset.from_dict({"input_ids": windows.tolist(), "attention_mask": torch.ones_like(windows).tolist()})
-    oneshot(model=model, dataset=samples, recipe=GPTQModifier(config_groups={"group_0": group}, ignore=["lm_head"]),
-            max_seq_length=windows.shape[1], num_calibration_samples=len(windows))
+    samples = [{"input_ids": window, "attention_mask": torch.ones_like(window)} for window in windows]
+    oneshot(model=model, dataset=DataLoader(samples, batch_size=BATCH),
+            recipe=GPTQModifier(config_groups={"group_0": group}, ignore=["lm_head"]))
     return model.eval().requires_grad_(False)
 
 
-def measure(model: Path, scheme: str, data: Path | None, args: argparse.Namespace) -> dict[str, Any]:
+def measure(model: Path, scheme: str, args: argparse.Namespace) -> dict[str, Any]:
     """One row; ``refused`` says why llm-compressor can't make the scheme of this model."""
     torch.set_num_threads(1 if args.jobs > 1 else torch.get_num_threads())
     evaluate = Evaluator(ModelSource(model), args.text, args.windows, args.tasks)
     tokenizer = evaluate.tokenizer
-    windows = token_windows(load_text(data, tokenizer), tokenizer, None, args.length, 0, 128)
-    row = {"scheme": scheme, "data": data.name if data else "default", "samples": len(windows), "length": args.length}
+    windows = token_windows(load_text(args.data, tokenizer), tokenizer, None, args.length, 0, 128)
+    row = {"scheme": scheme, "data": args.data.name if args.data else "default", "samples": len(windows),
+           "length": args.length}
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device())
     try:
         quantised = gptq(base, scheme, windows)
@@ -84,9 +86,10 @@ def main() -> None:
     result["versions"]["llmcompressor"] = importlib.metadata.version("llmcompressor")
     with open_model(args.model) as source, ProcessPoolExecutor(
             args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        tasks = [pool.submit(measure, source.directory, scheme, args.data, args) for scheme in args.schemes]
+        tasks = {pool.submit(measure, source.directory, scheme, args): scheme for scheme in args.schemes}
         for task in as_completed(tasks):
-            rows.append(task.result())
+            failure = task.exception()
+            rows.append({"scheme": tasks[task], "failed": repr(failure)[:300]} if failure else task.result())
             print(json.dumps(rows[-1]), flush=True)
             save("yardstick", result | {"rows": sorted(rows, key=lambda row: args.schemes.index(row["scheme"]))})
 
