@@ -247,19 +247,22 @@ class _Tile(NamedTuple):
 
 
 def _tile(head_dim: int) -> _Tile:
-    """Chosen on an H100: two buffered tiles a warp, and as few warps as still saturate the memory.
+    """Chosen on an H100 and an H200: two buffered tiles a warp, and as few warps as still saturate the memory.
 
-    Twice as many are 3 to 5 % slower at long contexts and 25 % at short ones, where most would find nothing to do; what
-    doesn't fit a multiprocessor at once would run as a second wave. Larger tiles spill registers.
+    For heads of 128, twice as many are 3 to 5 % slower at long contexts and 25 % at short ones, where most would find
+    nothing to do; for heads of 256, half as many are 20 % slower. Larger tiles spill registers.
     """
     if head_dim <= 64:
         return _Tile(64, 5, 8, 168)
-    return _Tile(64 if head_dim <= 128 else 32, 5, 4, 168)
+    return _Tile(64, 5, 4, 168) if head_dim <= 128 else _Tile(32, 5, 8, 168)
 
 
 def _merge_tile(requests: int) -> tuple[int, int, int]:
-    """Warps, elements of the output and parts read at once: few requests have many parts each, many have few."""
-    return (4, 32, 64) if requests <= 4 else (1, 128, 8) if requests <= 32 else (4, 512, 4)
+    """Warps, elements of the output and parts read at once: few requests have many parts each, many have few.
+
+    No third form for more requests: the batch sizes of CUDA graphs might not reach it, and serving would compile it.
+    """
+    return (4, 32, 64) if requests <= 4 else (1, 128, 8)
 
 
 def _most_parts(requests: int, fill: int) -> int:
