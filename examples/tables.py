@@ -76,24 +76,43 @@ def shares() -> Iterator[str]:
 
 
 def yardstick() -> Iterator[str]:
-    """llm-compressor's rows, and of the ablation on the same model what they are to be compared with."""
+    """llm-compressor's rows, and of our runs on the same model what they are to be compared with."""
     for path in sorted(RESULTS.glob("yardstick-*.json")):
         found = json.loads(path.read_text())
+        counts = next(list(row["ppl"]) for row in found["rows"] if "ppl" in row)
         lines = []
         for row in found["rows"]:
             failure = row.get("refused") or row.get("failed")
-            ppl = f"not made: {failure.split('.')[0]}" if failure else f"{list(row['ppl'].values())[-1]:.2f}"
-            lines.append([f"llm-compressor, GPTQ {row['scheme']}", ppl, _percent(row)])
-        same = RESULTS / path.name.replace("yardstick", "ablation")
-        ours = ablation_rows(same) if same.exists() else {}
-        for label, variant, mode in (("bf16", "bf16", "bf16"), ("COMET W4A8KV4 g64", "default", DEFAULT_MODE),
-                                     ("COMET W4A8KV4 g128", "weight groups of 128", DEFAULT_MODE)):
-            if variant in ours:
-                lines.append([label, f"{ours[variant]['ppl'][mode]:.2f}", _percent(ours[variant], mode)])
+            ppl = [f"not made: {failure.split('.')[0]}", *[""] * (len(counts) - 1)] if failure else _cells(row, counts)
+            lines.append([f"llm-compressor, GPTQ {row['scheme']}", *ppl, _percent(row)])
+        lines += _ours(path, counts)
         yield (f"**{found['name']}**, the same model quantised by llm-compressor {found['versions']['llmcompressor']} "
                f"on the same calibration text, measured by the same evaluator. {source(path, found)}")
         yield ""
-        yield from table(["", "WikiText-2 perplexity", "mean of nine tasks"], lines)
+        header = ["WikiText-2 perplexity", *(f"first {n} windows" for n in counts), "mean of nine tasks"]
+        yield from table(header, lines)
+
+
+def _ours(path: Path, counts: list[str]) -> list[list[str]]:
+    """Lines of the yardstick's table from the ablation of the same model or, without one, from its accuracy."""
+    accuracy_path = RESULTS / path.name.replace("yardstick", "accuracy")
+    ablation_path = RESULTS / path.name.replace("yardstick", "ablation")
+    rows = ablation_rows(ablation_path) if ablation_path.exists() else {}
+    if rows:
+        windows = str(rows["bf16"]["windows"])
+        wanted = (("bf16", "bf16", "bf16"), ("COMET W4A8KV4 g64", "default", DEFAULT_MODE),
+                  ("COMET W4A8KV4 g128", "weight groups of 128", DEFAULT_MODE))
+        return [[label, *_cells({"ppl": {windows: rows[variant]["ppl"][mode]}}, counts), _percent(rows[variant], mode)]
+                for label, variant, mode in wanted if variant in rows]
+    if not accuracy_path.exists():
+        return []
+    labels = {"bf16": "bf16", f"{DEFAULT_MODE} (default)": "COMET W4A8KV4 g64"}
+    return [[labels[row["mode"]], *_cells(row, counts), ""]
+            for row in json.loads(accuracy_path.read_text())["rows"] if row["mode"] in labels]
+
+
+def _cells(row: dict[str, Any], counts: list[str]) -> list[str]:
+    return [f"{row['ppl'][n]:.2f}" if n in row["ppl"] else "" for n in counts]
 
 
 def _percent(row: dict[str, Any], mode: str | None = None) -> str:
