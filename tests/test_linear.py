@@ -6,11 +6,11 @@ import tiny
 import torch
 
 from vllm_comet import checkpoint as ck
-from vllm_comet.kernels.act_quant import QMAX, quantize_activation_ref
+from vllm_comet.kernels.act_quant import MAX_SHIFT, MIN_SHIFT, QMAX, align_scales, quantize_activation_ref
 from vllm_comet.kernels.gpu_linear import batch_sizes
 from vllm_comet.kernels.linear import LinearWeight, make_linear_kernel, sort_blocks
 from vllm_comet.kernels.tiles import choose_tile
-from vllm_comet.kernels.w4ax_gemm import w4ax_gemm_ref
+from vllm_comet.kernels.w4ax_gemm import rescale_sum, w4ax_gemm_ref
 
 
 def random_weight(n, k, group_size, slices=1, perm=True, share=0.3):
@@ -85,6 +85,29 @@ def test_activation_codes(bits):
     step = torch.cat([scales[:, :1].expand(-1, 128), scales[:, 1:].expand(-1, 172)], 1)
     assert bool(((restored - x).abs() <= 0.5001 * step + 1e-30).all())
     assert not bool(codes[3].any()) and not bool(scales[3].any())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_of_a_row_differ_by_a_power_of_two(bits):
+    """One scale keeps its finest step, the other grows by less than twice, unless their ratio is out of bounds."""
+    low = torch.tensor([1.0, 1.0, 1.0, 3.0, 0.0, 2.0, 0.0, 1.0, 5.0])
+    high = torch.tensor([7.9, 1.0, 1e9, 1.1, 2.0, 0.0, 0.0, 0.7, 1e-9])
+    scales = align_scales(low, high, bits)
+    shift = torch.log2(scales[:, 1] / scales[:, 0])[[0, 1, 2, 3, 4, 5, 7, 8]]
+    assert torch.equal(shift, shift.round())
+    assert shift.max() == MAX_SHIFT and shift.min() == (0 if bits == 8 else MIN_SHIFT)
+    assert bool((scales[:, 0] >= low).all() and (scales[:, 1] >= high).all())
+    kept, grown = (1, 0) if bits == 8 else (0, 1)
+    given = torch.stack((low, high), 1)
+    assert scales[0, kept] == given[0, kept] and scales[0, grown] < 2 * given[0, grown]
+    assert not bool(scales[6].any())
+
+
+def test_sum_in_units_of_the_second_scale():
+    low = torch.tensor([[-7, 7, 100, -(2**31) // 16]], dtype=torch.int32)
+    for shift, expect in ((1, [-3, 4, 50, -(2**27) // 2]), (0, low[0].tolist()), (-2, [-28, 28, 400, None])):
+        found = rescale_sum(low, torch.tensor([[3.0, 3.0 * 2.0**shift]]))[0].tolist()
+        assert [f for f, e in zip(found, expect, strict=True) if e is not None] == [e for e in expect if e is not None]
 
 
 @pytest.mark.parametrize("n, k", [(6144, 4096), (4096, 14336), (2560, 4096), (57344, 8192)])
