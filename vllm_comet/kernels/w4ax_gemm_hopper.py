@@ -4,10 +4,11 @@
 Import it only where ``hopper_kernel_supported``; it needs a Triton that has Gluon (3.6 or later).
 
 A program owns 64·R weight rows × BM tokens of one slice of K, which it walks in steps of ``depth`` blocks of 128
-channels. Weights and group scales go from global memory straight to registers, a step ahead: they lie in wgmma register
-order, so a thread reads 16 consecutive bytes and unpacks them into its fragment of A, and they don't compete for shared
-memory with the activations that wgmma reads there. Activations arrive a step per copy, STAGES − 1 steps ahead; long
-steps amortise the barriers around a copy. While one half block (64 channels) is multiplied, the next is unpacked.
+channels. Weights and group scales go from global memory straight to registers, AHEAD blocks ahead: they lie in wgmma
+register order, so a thread reads 16 consecutive bytes and unpacks them into its fragment of A, and they don't compete
+for shared memory with the activations that wgmma reads there. Activations arrive a step per copy, STAGES − 1 steps
+ahead; long steps amortise the barriers around a copy. While one half block (64 channels) is multiplied, the next is
+unpacked.
 
 Between the two activation segments the accumulator is shifted into units of the second. Where they meet inside a step,
 that step is done once for each, with the other's weights as zero.
