@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -113,13 +114,13 @@ class _LayerJob:
         del floats, missing
         damp(hessian, self.owner.damping)
         for member, weight in zip(linear_input.members, targets, strict=True):
-            if not bool(torch.isfinite(weight).all()):
+            power = hessian_error(weight, hessian)
+            if not math.isfinite(power):
                 raise CalibrationError(f"the weights of model.layers.{self.index}.{member} are too large: what they "
                                        "give exceeds float32 on the calibration text; check the model's weights.")
             quantized = self._quantize_weight(weight, hessian, compensation, perm)
             self.done[member] = quantized
             stored = quantized.dequantize()
-            power = hessian_error(weight, hessian)
             errors[member] = hessian_error(stored - weight, hessian) / max(power, 1e-30)
             self.layer.linear(member).weight[:, perm] = stored
             weights.append(stored)
