@@ -249,11 +249,10 @@ class _Tile(NamedTuple):
 def _tile(head_dim: int) -> _Tile:
     """Chosen on an H100 and an H200: two buffered tiles a warp, and as few warps as still saturate the memory.
 
-    For heads of 128, twice as many are 3 to 5 % slower at long contexts and 25 % at short ones, where most would find
-    nothing to do; for heads of 256, half as many are 20 % slower. Larger tiles spill registers.
+    Up to heads of 128, twice as many are 3 to 5 % slower at long contexts and 25 % at short ones, where most would find
+    nothing to do; for heads of 256, half as many are 20 % slower. Larger tiles spill registers or, for heads of 64,
+    gain at one long context what they lose at short ones.
     """
-    if head_dim <= 64:
-        return _Tile(64, 5, 8, 168)
     return _Tile(64, 5, 4, 168) if head_dim <= 128 else _Tile(32, 5, 8, 168)
 
 

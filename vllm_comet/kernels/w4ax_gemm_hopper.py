@@ -30,25 +30,20 @@ from vllm_comet.checkpoint import BLOCK
 from vllm_comet.kernels._triton import cdiv
 from vllm_comet.kernels.tiles import Tile
 from vllm_comet.kernels.w4ax_gemm import PAD_ROWS, TILE_ROWS, KernelWeight, split_k
+from vllm_comet.kernels.w4ax_gemm_hopper_output import (
+    add_slots,
+    flat,
+    rescale_staged,
+    stage,
+    stage_tokens,
+    unflat,
+    view,
+    write_output,
+)
 
 # Three names changed between Triton 3.6 and 3.9.
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 cta_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-if hasattr(gl.shared_memory_descriptor, "reinterpret"):
-
-    @gluon.jit
-    def _blocks_of(ring, COUNT: gl.constexpr, BM: gl.constexpr):
-        """Ring of stages ``[STAGES, depth, BM, 128]`` as ``[COUNT, BM, 128]``."""
-        return ring.reinterpret(gl.int8, [COUNT, BM, 128], gl.NVMMASharedLayout(128, 8, rank=2))
-
-else:
-
-    @gluon.jit
-    def _blocks_of(ring, COUNT: gl.constexpr, BM: gl.constexpr):
-        """Ring of stages ``[STAGES, depth, BM, 128]`` as ``[COUNT, BM, 128]``."""
-        return ring._reinterpret(gl.int8, [COUNT, BM, 128], gl.NVMMASharedLayout(128, 8, rank=2))
-
 
 # -------------------------------------------------------------------------------------------------------------- layouts
 @gluon.constexpr_function
@@ -90,12 +85,18 @@ def _pairs_layout(R, WARPS):
 
 # ------------------------------------------------------------------------------------------------------------ unpacking
 @gluon.jit
-def _fragment(words, R: gl.constexpr, dot: gl.constexpr):
-    """int32 words ``[R, 4, 256]`` → ``[64·R, 64]`` in A-fragment order, each word repeated for its four channels."""
+def _fragment(words, part: gl.constexpr, R: gl.constexpr, PARTS: gl.constexpr, dot: gl.constexpr):
+    """Words ``[R, 4, 256]`` of part ``part`` of a block → ``[64·R, 128 / PARTS]`` in A-fragment order, each word
+    repeated for its four channels; they lie in its low nibbles or, for the second half of the parts, in its high ones.
+    """
+    STEPS: gl.constexpr = 4 // PARTS  # of 32 channels
+    if STEPS == 1:
+        first, second = gl.split(words.reshape([R, 2, 512]).permute([0, 2, 1]))
+        words = second if part % 2 else first
     words = gl.join(gl.join(words, words), gl.join(words, words))
     # [tile, 32-channel step, warp, row, quad, k half, row half, (4 channels)]
-    words = words.reshape([R, 2, 4, 8, 4, 2, 2, 4]).permute([0, 2, 6, 3, 1, 5, 4, 7])
-    return gl.convert_layout(words.reshape([64 * R, 64]), dot, assert_trivial=True)
+    words = words.reshape([R, STEPS, 4, 8, 4, 2, 2, 4]).permute([0, 2, 6, 3, 1, 5, 4, 7])
+    return gl.convert_layout(words.reshape([64 * R, 32 * STEPS]), dot, assert_trivial=True)
 
 
 @gluon.jit
@@ -171,7 +172,7 @@ def _fetch_activations(pipe, turn, tile_m, step, plan, pred,
 @gluon.jit
 def _dot_steps(acc, pipe, weights, queue, tile_m, tile_n, first, begin, end, last, plan, R: gl.constexpr,
                BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, AHEAD: gl.constexpr,
-               GROUPS: gl.constexpr):  # fmt: skip
+               GROUPS: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
     """``acc`` int32 ``[64·R, BM]`` plus the integer sum over steps ``begin .. end`` of the program's ``first .. last``.
 
     queue: the first AHEAD blocks of step ``begin`` as ``_load_block`` gives them; those of ``end`` are returned beside
@@ -180,102 +181,34 @@ def _dot_steps(acc, pipe, weights, queue, tile_m, tile_n, first, begin, end, las
     mma: gl.constexpr = _mma_layout(BM, WARPS)
     dot: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     _, ring, full = pipe
-    x_blocks = _blocks_of(ring, STAGES * DEPTH, BM)
+    x_blocks = view(ring, gl.int8, [STAGES * DEPTH, BM, 128], gl.NVMMASharedLayout(128, 8, rank=2))
     for step in range(begin, end):
         turn = step - first
         slot = turn % STAGES
         mbarrier.wait(full.index(slot), (turn // STAGES) & 1)
         for i in gl.static_range(DEPTH):
             words, g_low, g_high = queue[i % AHEAD]
-            words = _fragment(words, R, dot)
             if GROUPS > 0:
                 g_low = _row_scales(g_low, R, dot)
                 g_high = _row_scales(g_high, R, dot) if GROUPS > 1 else g_low
             x = x_blocks.index(slot * DEPTH + i).permute([1, 0])
-            low = unpack(words, g_low, False, GROUPS)
-            if AHEAD < DEPTH:  # now, as ptxas lets all loads in flight share a scoreboard: the next wait is for these
-                target = step + (i + AHEAD) // DEPTH
-                block = _load_block(weights, tile_n, target, (i + AHEAD) % DEPTH, plan, target < last, R, DEPTH, GROUPS)
-                queue = queue[: i % AHEAD] + (block,) + queue[i % AHEAD + 1 :]
-            acc = warpgroup_mma(low, x.slice(0, 64, dim=0), acc, is_async=True)
-            acc = warpgroup_mma_wait(1, deps=[acc])
-            high = unpack(words, g_high, True, GROUPS)
-            if AHEAD == DEPTH:
-                block = _load_block(weights, tile_n, step + 1, i, plan, step + 1 < last, R, DEPTH, GROUPS)
-                queue = queue[:i] + (block,) + queue[i + 1 :]
-            acc = warpgroup_mma(high, x.slice(64, 64, dim=0), acc, is_async=True)
-            if i == 0:  # every warp is done with the step before, so its stage is free
-                cta_barrier()
-                ahead = step + STAGES - 1
-                _fetch_activations(pipe, turn + STAGES - 1, tile_m, ahead, plan, (turn >= 1) & (ahead < last), BM,
-                                   DEPTH, STAGES)
-            acc = warpgroup_mma_wait(1, deps=[acc])
+            for part in gl.static_range(PARTS):
+                a = _fragment(words, part, R, PARTS, dot)
+                a = unpack(a, g_low if 2 * part < PARTS else g_high, 2 * part >= PARTS, GROUPS)
+                # early, as ptxas lets all loads in flight share a scoreboard: the next wait is for these
+                if part == (0 if AHEAD < DEPTH else PARTS - 1):
+                    target = step + (i + AHEAD) // DEPTH
+                    block = _load_block(weights, tile_n, target, (i + AHEAD) % DEPTH, plan, target < last, R, DEPTH,
+                                        GROUPS)
+                    queue = queue[: i % AHEAD] + (block,) + queue[i % AHEAD + 1 :]
+                acc = warpgroup_mma(a, x.slice(part * (128 // PARTS), 128 // PARTS, dim=0), acc, is_async=True)
+                if i == 0 and part == PARTS // 2:  # every warp is done with the step before, so its stage is free
+                    cta_barrier()
+                    ahead = step + STAGES - 1
+                    _fetch_activations(pipe, turn + STAGES - 1, tile_m, ahead, plan, (turn >= 1) & (ahead < last), BM,
+                                       DEPTH, STAGES)
+                acc = warpgroup_mma_wait(PARTS // 2, deps=[acc])
     return warpgroup_mma_wait(0, deps=[acc]), queue
-
-
-# --------------------------------------------------------------------------------------------------------------- output
-@gluon.jit
-def rescale_shifts(as_ptr, rm, M):
-    """log2(high scale / low scale) of tokens ``rm``, see ``act_quant.align_scales``."""
-    a = gl.load(as_ptr + rm * 2, mask=rm < M, other=0.0).to(gl.int32, bitcast=True)
-    return (gl.load(as_ptr + rm * 2 + 1, mask=rm < M, other=0.0).to(gl.int32, bitcast=True) - a) >> 23
-
-
-@gluon.jit
-def _store_shifts(as_ptr, tile_m, M, BM: gl.constexpr, WARPS: gl.constexpr):
-    """``rescale_shifts`` of a token tile in shared memory: a thread needs up to 64 and has no registers left."""
-    rm = tile_m * BM + gl.arange(0, BM, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    return gl.allocate_shared_memory(gl.int32, [BM], layout, rescale_shifts(as_ptr, rm, M))
-
-
-@gluon.jit
-def rescale(low, shift):
-    """``w4ax_gemm.rescale_sum``: ``shift`` belongs to the last axis of ``low``."""
-    right = gl.expand_dims(gl.maximum(shift, 0), 0)
-    return ((low << gl.expand_dims(gl.maximum(-shift, 0), 0)) + ((1 << right) >> 1)) >> right
-
-
-@gluon.jit
-def _write_output(acc, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N,
-                 WARPS: gl.constexpr, TWO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
-    y = acc.to(gl.float32) * gl.expand_dims(gl.load(as_ptr + rm * 2 + (1 if TWO else 0), mask=rm < M, other=0.0), 0)
-    y *= gl.expand_dims(gl.load(c_ptr + rn, mask=rn < N, other=0.0), 1)
-    if BIAS:
-        y += gl.expand_dims(gl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(gl.float32), 1)
-    # through shared memory, for 16-byte stores along N
-    coalesced: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
-    y = gl.convert_layout(y.to(y_ptr.dtype.element_ty), coalesced)
-    rn = gl.convert_layout(rn, gl.SliceLayout(1, coalesced))
-    rm = gl.convert_layout(rm, gl.SliceLayout(0, coalesced))
-    offset = gl.expand_dims(rm.to(gl.int64) * N, 0) + gl.expand_dims(rn, 1)
-    gl.store(y_ptr + offset, y, mask=gl.expand_dims(rm < M, 0) & gl.expand_dims(rn < N, 1))
-
-
-@gluon.jit
-def _flat(acc):
-    """Sum ``[BN, BM]`` as a vector in which a thread's four neighbouring registers are consecutive; no data moves."""
-    BN: gl.constexpr = acc.shape[0]
-    BM: gl.constexpr = acc.shape[1]
-    return acc.reshape([BN // 16, 2, 8, BM // 8, 4, 2]).permute([0, 3, 2, 4, 1, 5]).reshape([BN * BM])
-
-
-@gluon.jit
-def _unflat(flat, BN: gl.constexpr, BM: gl.constexpr, mma: gl.constexpr):
-    acc = flat.reshape([BN // 16, BM // 8, 8, 4, 2, 2]).permute([0, 4, 2, 1, 3, 5]).reshape([BN, BM])
-    return gl.convert_layout(acc, mma, assert_trivial=True)
-
-
-@gluon.jit
-def _add_slots(total, slots, cell, first, end, WARPS: gl.constexpr):
-    """``total`` plus the sums in slots ``first .. end``."""
-    AT_ONCE: gl.constexpr = max(1, 64 * 32 * WARPS // total.shape[0])  # loads for 64 registers in flight
-    for base in range(first, end, AT_ONCE):
-        for i in gl.static_range(AT_ONCE):
-            slot = base + i
-            wanted = (cell >= 0) & (slot < end)
-            total += gl.load(slots + slot * total.shape[0] + cell, mask=wanted, other=0, cache_modifier=".cg")
-    return total
 
 
 # --------------------------------------------------------------------------------------------------------------- kernel
@@ -292,7 +225,8 @@ def _tile_at(index, tiles_m, tiles_n, GROUP_N: gl.constexpr):
 def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, n_pairs,
                  blocks_k, low_blocks, total_steps, R: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr,
                  GROUP_N: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
-                 AHEAD: gl.constexpr, GROUPS: gl.constexpr, TWO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+                 AHEAD: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr, TWO: gl.constexpr,
+                 BIAS: gl.constexpr):  # fmt: skip
     """Program (tile, slice of K); SPLIT says whether there is more than one slice."""
     BN: gl.constexpr = 64 * R
     mma: gl.constexpr = _mma_layout(BM, WARPS)
@@ -328,38 +262,38 @@ def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_p
     for slot in gl.static_range(STAGES):
         _fetch_activations(pipe, slot, tile_m, first + slot, plan, first + slot < last, BM, DEPTH, STAGES)
 
-    rn = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, mma))
-    rm = tile_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(0, mma))
-    if TWO:
-        shift = _store_shifts(as_ptr, tile_m, M, BM, WARPS)
+    rn = tile_n * BN + gl.arange(0, BN, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    row_scale = stage(gl.load(c_ptr + rn, mask=rn < N, other=0.0))
+    tokens = stage_tokens(as_ptr, tile_m, M, BM, WARPS, TWO)
     zeros = gl.zeros([BN, BM], gl.int32, mma)
     acc, queue = _dot_steps(zeros, pipe, weights, queue, tile_m, tile_n, first, first, middle, last, plan, R, BM, WARPS,
-                            STAGES, DEPTH, AHEAD, GROUPS)
+                            STAGES, DEPTH, AHEAD, GROUPS, PARTS)
     if not SPLIT:
         if TWO:
-            acc = rescale(acc, shift.load(gl.SliceLayout(0, mma)))
+            acc = rescale_staged(acc, tokens)
             acc, queue = _dot_steps(acc, pipe, weights, queue, tile_m, tile_n, first, middle, last, last, plan, R, BM,
-                                    WARPS, STAGES, DEPTH, AHEAD, GROUPS)
-        _write_output(acc, rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, WARPS, TWO, BIAS)
+                                    WARPS, STAGES, DEPTH, AHEAD, GROUPS, PARTS)
+        write_output(acc, ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_ptr, M, N, WARPS, BIAS)
     else:
         # Slot i holds the low sum of slice i or the high sum of slice i − 1: only one slice can have both.
-        total = _flat(acc)
+        total = flat(acc)
         cell = gl.arange(0, BN * BM, layout=total.type.layout)
         slots = partial_ptr + tile.to(gl.int64) * ((pieces + 1) * (BN * BM))
         gl.store(slots + piece * (BN * BM) + cell, total, mask=(cell >= 0) & (middle > first))
         if TWO:
             acc, queue = _dot_steps(zeros, pipe, weights, queue, tile_m, tile_n, first, middle, last, last, plan, R, BM,
-                                    WARPS, STAGES, DEPTH, AHEAD, GROUPS)
-            gl.store(slots + (piece + 1) * (BN * BM) + cell, _flat(acc), mask=(cell >= 0) & (last > middle))
+                                    WARPS, STAGES, DEPTH, AHEAD, GROUPS, PARTS)
+            gl.store(slots + (piece + 1) * (BN * BM) + cell, flat(acc), mask=(cell >= 0) & (last > middle))
         cta_barrier()
         arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
         if arrived == pieces - 1:
             gl.store(counter_ptr + tile, 0)
-            total = _add_slots(_flat(zeros), slots, cell, 0, gl.cdiv(low_steps, per_piece), WARPS)
+            total = add_slots(flat(zeros), slots, cell, 0, gl.cdiv(low_steps, per_piece), WARPS)
             if TWO:
-                total = _flat(rescale(_unflat(total, BN, BM, mma), shift.load(gl.SliceLayout(0, mma))))
-                total = _add_slots(total, slots, cell, low_steps // per_piece + 1, pieces + 1, WARPS)
-            _write_output(_unflat(total, BN, BM, mma), rn, rm, as_ptr, c_ptr, bias_ptr, y_ptr, M, N, WARPS, TWO, BIAS)
+                total = flat(rescale_staged(unflat(total, BN, BM, mma), tokens))
+                total = add_slots(total, slots, cell, low_steps // per_piece + 1, pieces + 1, WARPS)
+            write_output(unflat(total, BN, BM, mma), ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_ptr, M, N,
+                          WARPS, BIAS)
 
 
 # ------------------------------------------------------------------------------------------------------------- launcher
@@ -379,11 +313,16 @@ def constants(tile: Tile, split: int, group_size: int, two: bool) -> dict[str, i
     if tile.block_n > PAD_ROWS or tile.block_n < 16 * tile.warps or tile.depth < 1 or tile.depth % ahead:
         raise ValueError(f"{tile}: block_n must be at least 16 for each warp and at most {PAD_ROWS}, depth at least 1 "
                          "and a multiple of ahead.")
-    used = tile.stages * (tile.depth * tile.block_m * BLOCK + 8) + 4 * tile.block_m
+    if 64 * tile.stages * tile.depth < tile.block_n:
+        raise ValueError(f"{tile}: the output, {tile.block_n} rows of 16 bits, goes through the memory of "
+                         f"{tile.stages} stages of {tile.depth} blocks of 128 bytes. Use more stages.")
+    used = tile.stages * (tile.depth * tile.block_m * BLOCK + 8) + 16 * tile.block_m + 4 * tile.block_n
     if used > SHARED_MEMORY:
         raise ValueError(f"{tile} needs {used} bytes of shared memory; Hopper has {SHARED_MEMORY}. Use fewer stages.")
+    # Two groups a block have twice the scales to prepare; long products hide it better if issued in quarters.
+    parts = 4 if groups > 1 and tile.block_m >= 128 else 2
     return dict(R=r, BM=tile.block_m, SPLIT=split > 1, GROUP_N=tile.group_n, WARPS=tile.warps, STAGES=tile.stages,
-                DEPTH=tile.depth, AHEAD=ahead, GROUPS=groups, TWO=two)
+                DEPTH=tile.depth, AHEAD=ahead, GROUPS=groups, PARTS=parts, TWO=two)
 
 
 def w4ax_gemm_hopper(

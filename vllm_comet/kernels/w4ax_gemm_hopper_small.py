@@ -25,7 +25,8 @@ from vllm_comet.checkpoint import BLOCK
 from vllm_comet.kernels._triton import cdiv
 from vllm_comet.kernels.tiles import Tile
 from vllm_comet.kernels.w4ax_gemm import KernelWeight
-from vllm_comet.kernels.w4ax_gemm_hopper import SHARED_MEMORY, cta_barrier, rescale, rescale_shifts, tma_load, unpack
+from vllm_comet.kernels.w4ax_gemm_hopper import SHARED_MEMORY, cta_barrier, tma_load, unpack
+from vllm_comet.kernels.w4ax_gemm_hopper_output import rescale, rescale_factors
 
 
 # -------------------------------------------------------------------------------------------------------------- layouts
@@ -188,7 +189,7 @@ def _w4ax_small_kernel(x_desc, w_desc, g_desc, as_ptr, c_ptr, bias_ptr, y_ptr, M
     if TWO:
         high_acc = _dot_groups(x_desc, w_desc, g_desc, x_ring, w_ring, g_ring, x_full, w_full, g_full, low_blocks,
                                blocks_k, -1, groups, row, token, BM, WAYS, SLABS, STAGES, GROUPS, REFILL)
-        total = rescale(low, rescale_shifts(as_ptr, rm, M)) + _add_ways(high_acc, BM, WAYS, SLABS, out)
+        total = rescale(low, rescale_factors(as_ptr, rm, M)) + _add_ways(high_acc, BM, WAYS, SLABS, out)
     y = total.to(gl.float32) * gl.expand_dims(gl.load(as_ptr + rm * 2 + (1 if TWO else 0), mask=rm < M, other=0.0), 0)
     y *= gl.expand_dims(gl.load(c_ptr + rn, mask=rn < N, other=0.0), 1)
     if BIAS:
