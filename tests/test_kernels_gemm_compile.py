@@ -67,18 +67,22 @@ def gluon():
     return GluonASTSource, tensor_map
 
 
-@pytest.mark.parametrize("tile,group_size", [
-    (Tile(8, 64, 4, 4, 4, depth=4, registers=128), 128), (Tile(64, 64, 2, 4, 3, depth=4, registers=168), 64),
-    (Tile(256, 128, 1, 8, 3), 128), (Tile(128, 128, 1, 4, 3), -1), (Tile(128, 128, 1, 4, 2, depth=2, ahead=1), 128),
+@pytest.mark.parametrize("tile,group_size,two,output", [
+    (Tile(8, 64, 4, 4, 4, depth=4, registers=128), 128, True, "bf16"),
+    (Tile(64, 64, 2, 4, 3, depth=4, registers=168), 64, False, "fp16"),
+    (Tile(256, 128, 1, 8, 3), 128, False, "fp32"), (Tile(128, 128, 1, 4, 3), -1, True, "fp32"),
+    (Tile(128, 128, 1, 4, 2, depth=2, ahead=1), 128, True, "bf16"),
+    (Tile(256, 128, 1, 8, 3, depth=2, ahead=1), 64, True, "bf16"),
 ])  # fmt: skip
-def test_hopper_gemm(tile, group_size):
+def test_hopper_gemm(tile, group_size, two, output):
     source, tensor_map = gluon()
     from vllm_comet.kernels import w4ax_gemm_hopper as hopper
 
-    constants = {**hopper.constants(tile, tile.split, group_size, True), "BIAS": True}
+    constants = {**hopper.constants(tile, tile.split, group_size, two), "BIAS": True}
     arguments = {"x_desc": tensor_map("i8", (tile.depth, tile.block_m, 128), 128, 8), "w_ptr": "*i32", "g_ptr": "*i16",
                  "partial_ptr": "*i32", "counter_ptr": "*i32", **GEMM_TAIL,
-                 **dict.fromkeys(("M", "N", "n_pairs", "blocks_k", "low_blocks", "total_steps"), "i32")}  # fmt: skip
+                 **dict.fromkeys(("M", "N", "n_pairs", "blocks_k", "low_blocks", "total_steps"), "i32"),
+                 "y_ptr": f"*{output}"}  # fmt: skip
     if group_size == -1:
         constants["g_ptr"] = None
     compiled = build(hopper._w4ax_kernel, arguments, constants, 90, tile.warps, source=source,
@@ -86,15 +90,15 @@ def test_hopper_gemm(tile, group_size):
     assert "wgmma.mma_async" in compiled.asm["ptx"] and compiled.asm["cubin"]
 
 
-@pytest.mark.parametrize("tile,group_size", [
-    (Tile(8, 32, 1, 8, 8, form="small"), 128), (Tile(16, 64, 1, 16, 4, form="small"), 64),
-    (Tile(64, 64, 1, 8, 3, form="small"), -1),
+@pytest.mark.parametrize("tile,group_size,two", [
+    (Tile(8, 32, 1, 8, 8, form="small"), 128, True), (Tile(16, 64, 1, 16, 4, form="small"), 64, False),
+    (Tile(64, 64, 1, 8, 3, form="small"), -1, True),
 ])  # fmt: skip
-def test_hopper_small_gemm(tile, group_size):
+def test_hopper_small_gemm(tile, group_size, two):
     source, tensor_map = gluon()
     from vllm_comet.kernels import w4ax_gemm_hopper_small as small
 
-    constants = {**small.constants(tile, BLOCKS, group_size, True), "BIAS": True}
+    constants = {**small.constants(tile, BLOCKS, group_size, two), "BIAS": True}
     ways, slabs, groups = constants["WAYS"], constants["SLABS"], constants["GROUPS"]
     arguments = {"x_desc": tensor_map("i8", (ways, tile.block_m, 128), 128, 8),
                  "w_desc": tensor_map("i32", (1, ways, 2, slabs, 128), 0, 32),

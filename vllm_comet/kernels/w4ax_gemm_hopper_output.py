@@ -51,11 +51,11 @@ def stage(values):
 def stage_tokens(as_ptr, tile_m, M, BM: gl.constexpr, WARPS: gl.constexpr, TWO: gl.constexpr):
     """Of a token tile: the scale of its sums and, if there are two segments, the factors of ``rescale``."""
     rm = tile_m * BM + gl.arange(0, BM, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    scale = stage(gl.load(as_ptr + rm * 2 + (1 if TWO else 0), mask=rm < M, other=0.0))
-    if not TWO:
-        return (scale,)
-    times, half, right = rescale_factors(as_ptr, rm, M)
-    return scale, stage(times), stage(half), stage(right)
+    tokens = (stage(gl.load(as_ptr + rm * 2 + (1 if TWO else 0), mask=rm < M, other=0.0)),)
+    if TWO:
+        times, half, right = rescale_factors(as_ptr, rm, M)
+        tokens = tokens + (stage(times), stage(half), stage(right))
+    return tokens
 
 
 @gluon.jit
@@ -76,15 +76,20 @@ def write_output(acc, ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_ptr, 
     if BIAS:
         rn = tile_n * BN + gl.arange(0, BN, layout=rows)
         y += gl.expand_dims(gl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(gl.float32), 1)
-    # through the memory of the activations, for 16-byte stores along N
+    # through shared memory, for 16-byte stores along N: that of the activations, if it is sure to hold the tile
     kind: gl.constexpr = y_ptr.dtype.element_ty
-    staged = view(ring, kind, [BN, BM], gl.NVMMASharedLayout(128, 16, rank=2, transposed=True))
-    staged.store(y.to(kind))
+    y = y.to(kind)
     coalesced: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
+    if kind.primitive_bitwidth == 16:
+        staged = view(ring, kind, [BN, BM], gl.NVMMASharedLayout(128, 16, rank=2, transposed=True))
+        staged.store(y)
+        y = staged.load(coalesced)
+    else:
+        y = gl.convert_layout(y, coalesced)
     rn = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, coalesced))
     rm = tile_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(0, coalesced))
     offset = gl.expand_dims(rm.to(gl.int64) * N, 0) + gl.expand_dims(rn, 1)
-    gl.store(y_ptr + offset, staged.load(coalesced), mask=gl.expand_dims(rm < M, 0) & gl.expand_dims(rn < N, 1))
+    gl.store(y_ptr + offset, y, mask=gl.expand_dims(rm < M, 0) & gl.expand_dims(rn < N, 1))
 
 
 @gluon.jit
