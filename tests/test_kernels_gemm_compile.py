@@ -82,10 +82,7 @@ def test_hopper_gemm(tile, group_size, two, output):
     arguments = {"x_desc": tensor_map("i8", (tile.depth, tile.block_m, 128), 128, 8), "w_ptr": "*i32", "g_ptr": "*i16",
                  "partial_ptr": "*i32", "counter_ptr": "*i32", **GEMM_TAIL,
                  **dict.fromkeys(("M", "N", "n_pairs", "blocks_k", "low_blocks", "total_steps"), "i32"),
-                 "y_ptr": f"*{output}",
-                 "y_desc": tensor_map(output, (tile.block_m, tile.block_n), 128, 16)}  # fmt: skip
-    if output == "fp32" or tile.block_m < 128:
-        constants["y_desc"] = None
+                 "y_ptr": f"*{output}"}  # fmt: skip
     if group_size == -1:
         constants["g_ptr"] = None
     compiled = build(hopper._w4ax_kernel, arguments, constants, 90, tile.warps, source=source,

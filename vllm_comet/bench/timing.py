@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 REPLAYS = 7
-HEAD_START_CYCLES = 400_000
-"""Spin of the GPU for every call that the host enqueues behind it, about 0.2 ms."""
-
-
+HEAD_START = 3
+"""How often the GPU could wait for the host to enqueue what is timed: it spins that long before it begins."""
+SPIN_HZ = 2e9
 REST_S = 0.03
 """Pause before a measurement of milliseconds: such kernels drive the GPU to its power limit, and without a rest each
 would be timed at the clock that the one before it left behind (seen on an H100: 10 % within one run)."""
@@ -74,7 +73,11 @@ def stream_us(function: Callable[[], Any], calls: int = 10, repeats: int = REPLA
 
     run()
     torch.cuda.synchronize()
-    return _median_event_us(run, calls, repeats, head_start=HEAD_START_CYCLES * calls)
+    begin = time.perf_counter()
+    run()
+    host_s = time.perf_counter() - begin
+    torch.cuda.synchronize()
+    return _median_event_us(run, calls, repeats, head_start=int(HEAD_START * host_s * SPIN_HZ))
 
 
 def l2_copies(num_bytes: int, factor: float = 3.0) -> int:

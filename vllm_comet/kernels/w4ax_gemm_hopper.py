@@ -222,8 +222,8 @@ def _tile_at(index, tiles_m, tiles_n, GROUP_N: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["M", "blocks_k", "low_blocks", "total_steps"])
-def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_desc, y_ptr, partial_ptr, counter_ptr, M, N,
-                 n_pairs, blocks_k, low_blocks, total_steps, R: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr,
+def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, n_pairs,
+                 blocks_k, low_blocks, total_steps, R: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr,
                  GROUP_N: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
                  AHEAD: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr, TWO: gl.constexpr,
                  BIAS: gl.constexpr):  # fmt: skip
@@ -273,8 +273,7 @@ def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_desc, y_ptr, p
             acc = rescale_staged(acc, tokens)
             acc, queue = _dot_steps(acc, pipe, weights, queue, tile_m, tile_n, first, middle, last, last, plan, R, BM,
                                     WARPS, STAGES, DEPTH, AHEAD, GROUPS, PARTS)
-        write_output(acc, ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_desc, y_ptr, M, N,
-                     WARPS, BIAS)
+        write_output(acc, ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_ptr, M, N, WARPS, BIAS)
     else:
         # Slot i holds the low sum of slice i or the high sum of slice i − 1: only one slice can have both.
         total = flat(acc)
@@ -293,8 +292,8 @@ def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_desc, y_ptr, p
             if TWO:
                 total = flat(rescale_staged(unflat(total, BN, BM, mma), tokens))
                 total = add_slots(total, slots, cell, low_steps // per_piece + 1, pieces + 1, WARPS)
-            write_output(unflat(total, BN, BM, mma), ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_desc, y_ptr,
-                         M, N, WARPS, BIAS)
+            write_output(unflat(total, BN, BM, mma), ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_ptr, M, N,
+                          WARPS, BIAS)
 
 
 # ------------------------------------------------------------------------------------------------------------- launcher
@@ -348,13 +347,9 @@ def w4ax_gemm_hopper(
     scales = weight.group_scale
     x_desc = TensorDescriptor(codes, [blocks, m, BLOCK], [BLOCK, codes.stride(0), 1],
                               [tile.depth, tile.block_m, BLOCK], gl.NVMMASharedLayout(128, 8, rank=3))
-    y_desc = None
-    if tile.block_m >= 128 and y.element_size() == 2 and weight.n % 8 == 0:  # a map wants rows of whole 16 bytes
-        y_desc = TensorDescriptor(y, [m, weight.n], [weight.n, 1], [tile.block_m, tile.block_n],
-                                  gl.NVMMASharedLayout(128, 16, rank=2))
     _w4ax_kernel[(tiles, split)](
-        x_desc, weight.packed, None if scales is None else scales.view(torch.int16), act_scales, weight_scale, bias,
-        y_desc, y, partial, weight.counters, m, weight.n, weight.packed.shape[0] * (TILE_ROWS // 2), blocks, low_blocks,
-        steps, **constants(tile, split, weight.group_size, low_blocks < blocks), BIAS=bias is not None,
+        x_desc, weight.packed, None if scales is None else scales.view(torch.int16), act_scales, weight_scale, bias, y,
+        partial, weight.counters, m, weight.n, weight.packed.shape[0] * (TILE_ROWS // 2), blocks, low_blocks, steps,
+        **constants(tile, split, weight.group_size, low_blocks < blocks), BIAS=bias is not None,
         num_warps=tile.warps, maxnreg=tile.registers or None, enable_fp_fusion=False, launch_pdl=True)  # fmt: skip
     return y

@@ -9,9 +9,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
-
-tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global  # Triton 3.9, 3.6
 
 if hasattr(gl.shared_memory_descriptor, "reinterpret"):
 
@@ -69,36 +66,30 @@ def rescale_staged(low, tokens):
 
 
 @gluon.jit
-def write_output(acc, ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_desc, y_ptr, M, N,
-                 WARPS: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
-    """Scale, round and store a tile; y_desc: tensor map of y, or None where it can't have one."""
+def write_output(acc, ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_ptr, M, N,
+                  WARPS: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
     BN: gl.constexpr = acc.shape[0]
     BM: gl.constexpr = acc.shape[1]
     rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    kind: gl.constexpr = y_ptr.dtype.element_ty
     y = acc.to(gl.float32) * gl.expand_dims(tokens[0].load(gl.SliceLayout(0, acc.type.layout)), 0)
     y *= gl.expand_dims(row_scale.load(rows), 1)
     if BIAS:
         rn = tile_n * BN + gl.arange(0, BN, layout=rows)
         y += gl.expand_dims(gl.load(bias_ptr + rn, mask=rn < N, other=0.0).to(gl.float32), 1)
+    # through shared memory, for 16-byte stores along N: that of the activations, if it is sure to hold the tile
+    kind: gl.constexpr = y_ptr.dtype.element_ty
     y = y.to(kind)
-    coalesced: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])  # 16 bytes along N
-    if kind.primitive_bitwidth == 16:  # the memory of the activations is sure to hold the tile
+    coalesced: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, WARPS], [0, 1])
+    if kind.primitive_bitwidth == 16:
         staged = view(ring, kind, [BN, BM], gl.NVMMASharedLayout(128, 16, rank=2, transposed=True))
         staged.store(y)
-        if y_desc is None:
-            y = staged.load(coalesced)
-        else:
-            fence_async_shared()
-            tma_store(y_desc, [tile_m * BM, tile_n * BN], staged.permute([1, 0]))
-            tma.store_wait(0)
+        y = staged.load(coalesced)
     else:
         y = gl.convert_layout(y, coalesced)
-    if y_desc is None:
-        rn = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, coalesced))
-        rm = tile_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(0, coalesced))
-        offset = gl.expand_dims(rm.to(gl.int64) * N, 0) + gl.expand_dims(rn, 1)
-        gl.store(y_ptr + offset, y, mask=gl.expand_dims(rm < M, 0) & gl.expand_dims(rn < N, 1))
+    rn = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(1, coalesced))
+    rm = tile_m * BM + gl.arange(0, BM, layout=gl.SliceLayout(0, coalesced))
+    offset = gl.expand_dims(rm.to(gl.int64) * N, 0) + gl.expand_dims(rn, 1)
+    gl.store(y_ptr + offset, y, mask=gl.expand_dims(rm < M, 0) & gl.expand_dims(rn < N, 1))
 
 
 @gluon.jit
