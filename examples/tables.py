@@ -12,7 +12,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 GEMM_MODES = ["comet-g128", "comet-g64", "comet-channel", "marlin-w4a16", "machete-w4a16", "cutlass-w8a8-int8",
-              "cutlass-fp8", "cutlass-w4a8-fp8"]
+              "cutlass-fp8", "cutlass-w4a8-fp8", "humming-w4a8-int8"]
 GEMM_ROWS = [1, 16, 64, 128, 256, 1024, 4096]
 BASELINE = "bf16"
 DEFAULT_MODE, MIXED_MODE, SHARE = "W4A8KV4", "W4AxKV4", "INT8 share"
@@ -126,21 +126,26 @@ def _percent(row: dict[str, Any], mode: str | None = None) -> str:
 def gemm() -> Iterator[str]:
     for path in sorted(RESULTS.glob("gemm-*.json")):
         found = json.loads(path.read_text())
-        time = {(r["mode"], r["layer"], r["m"]): (r["us"], r["us_with_quant"]) for r in found["rows"]
-                if r["model"] == "llama3-8b" and r["mode"] != "comet-fused"}
-        layers = sorted({layer for _, layer, _ in time})
+        yield ("**W4Ax GEMM**, qkv, o, gate_up and down: geometric mean of the speed over cuBLAS bf16, product alone / "
+               f"with the activation quantisation the mode needs. {source(path, found)}")
+        for model in dict.fromkeys(row["model"] for row in found["rows"]):
+            yield from ["", f"{model}:", ""]
+            yield from gemm_speeds([row for row in found["rows"] if row["model"] == model])
 
-        def speed(mode: str, m: int, column: int, time=time, layers=layers) -> str:
-            if any((mode, layer, m) not in time for layer in layers):
-                return "–"
-            base = [time["cublas-bf16", layer, m][0] / time[mode, layer, m][column] for layer in layers]
-            return f"{geometric_mean(base):.2f}"
 
-        yield ("**W4Ax GEMM**, Llama-3-8B's qkv, o, gate_up and down: geometric mean of the speed over cuBLAS bf16, "
-               f"product alone / with the activation quantisation the mode needs. {source(path, found)}")
-        yield ""
-        yield from table(["M", *GEMM_MODES], [
-            [str(m), *(f"{speed(mode, m, 0)} / {speed(mode, m, 1)}" for mode in GEMM_MODES)] for m in GEMM_ROWS])
+def gemm_speeds(rows: list[dict[str, Any]]) -> list[str]:
+    time = {(r["mode"], r["layer"], r["m"]): (r["us"], r["us_with_quant"]) for r in rows if r["mode"] != "comet-fused"}
+    layers = sorted({layer for _, layer, _ in time})
+
+    def speed(mode: str, m: int, column: int) -> str:
+        if any((mode, layer, m) not in time for layer in layers):
+            return "–"
+        base = [time["cublas-bf16", layer, m][0] / time[mode, layer, m][column] for layer in layers]
+        return f"{geometric_mean(base):.2f}"
+
+    measured = [m for m in GEMM_ROWS if any(key[2] == m for key in time)]
+    return table(["M", *GEMM_MODES], [
+        [str(m), *(f"{speed(mode, m, 0)} / {speed(mode, m, 1)}" for mode in GEMM_MODES)] for m in measured])
 
 
 def attention() -> Iterator[str]:
@@ -175,6 +180,7 @@ def serve() -> Iterator[str]:
                     [row["workload"].split("@")[1], row["mode"], f"{row['out_tok_s']:,.0f}",
                      *(f"{row[key]['p50']:.1f} / {row[key]['p99']:.1f}" for key in ("ttft_ms", "itl_ms"))]
                     for row in sorted(replayed, key=lambda row: float(row["workload"].split("@")[1]))])
+        yield ""
 
 
 def throughput(rows: list[dict[str, Any]], engines: list[dict[str, Any]], model: str) -> list[str]:
