@@ -265,15 +265,17 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
     import matplotlib.pyplot as plt
 
     models = list(dict.fromkeys(r["model"] for r in rows))
-    figure, axes = plt.subplots(1, len(models), figsize=(7 * len(models), 4.5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models) + 2, 4.5), squeeze=False, layout="constrained")
+    colours = dict(zip(dict.fromkeys(r["mode"] for r in rows if r["mode"] != BASELINE), plt.get_cmap("tab10").colors,
+                       strict=False))  # fmt: skip
     for axis, model in zip(axes[0], models, strict=True):
         for mode, by_m in speedups(rows, model, "us").items():
-            style = "o-" if mode.startswith("comet") else ".--"
-            axis.plot(sorted(by_m), [by_m[m] for m in sorted(by_m)], style, label=mode)
+            style, colour = "o-" if mode.startswith("comet") else ".--", colours.get(mode, "black")
+            axis.plot(sorted(by_m), [by_m[m] for m in sorted(by_m)], style, label=mode, color=colour)
         axis.set(xscale="log", xlabel="M (tokens)", ylabel="speed over cuBLAS bf16", title=f"{model}, {device}", ylim=0)
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
-        axis.legend()
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
 
 
