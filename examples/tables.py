@@ -51,14 +51,17 @@ def ablation() -> Iterator[str]:
         if not rows:
             continue
         base, modes = rows["bf16"], list(rows["default"]["ppl"])
+        tasks = any(_percent(row, DEFAULT_MODE) for row in rows.values())
         yield (f"**{found['name']}**, the calibrator with each part left out or changed: WikiText-2 perplexity (raw "
-               f"test, {base['windows']} windows of 2048) by mode, and mean accuracy of nine tasks in {DEFAULT_MODE}. "
-               f"bf16: {base['ppl']['bf16']:.2f}, {_percent(base, 'bf16')}. {source(path, found)}")
+               f"test, {base['windows']} windows of 2048) by mode"
+               + (f", and mean accuracy of nine tasks in {DEFAULT_MODE}" if tasks else "")
+               + f". bf16: {' '.join((format(base['ppl']['bf16'], '.2f'), _percent(base, 'bf16'))).strip()}. "
+               + source(path, found))
         yield ""
-        yield from table(["", *modes, "tasks"], [
+        yield from table(["", *modes, *(["tasks"] if tasks else [])], [
             [name, *(f"{row['ppl'][mode]:.2f}" if mode in row["ppl"] else "" for mode in modes),
-             _percent(row, DEFAULT_MODE)] for name, row in rows.items()
-            if name != "bf16" and not name.startswith(SHARE)])
+             *([_percent(row, DEFAULT_MODE)] if tasks else [])]
+            for name, row in rows.items() if name != "bf16" and not name.startswith(SHARE)])
 
 
 def shares() -> Iterator[str]:
