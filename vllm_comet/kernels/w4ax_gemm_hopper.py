@@ -298,6 +298,7 @@ def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_p
 
 # ------------------------------------------------------------------------------------------------------------- launcher
 SHARED_MEMORY = 232448  # bytes a program may use on Hopper
+X_LAYOUT = gl.NVMMASharedLayout(128, 8, rank=3)  # made once: a launch that makes its own takes a third longer
 
 
 def count_steps(blocks: int, low_blocks: int, depth: int) -> int:
@@ -346,7 +347,7 @@ def w4ax_gemm_hopper(
     partial = torch.empty(cells, dtype=torch.int32, device=codes.device)
     scales = weight.group_scale
     x_desc = TensorDescriptor(codes, [blocks, m, BLOCK], [BLOCK, codes.stride(0), 1],
-                              [tile.depth, tile.block_m, BLOCK], gl.NVMMASharedLayout(128, 8, rank=3))
+                              [tile.depth, tile.block_m, BLOCK], X_LAYOUT)
     _w4ax_kernel[(tiles, split)](
         x_desc, weight.packed, None if scales is None else scales.view(torch.int16), act_scales, weight_scale, bias, y,
         partial, weight.counters, m, weight.n, weight.packed.shape[0] * (TILE_ROWS // 2), blocks, low_blocks, steps,

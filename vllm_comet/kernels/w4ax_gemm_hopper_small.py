@@ -25,7 +25,7 @@ from vllm_comet.checkpoint import BLOCK
 from vllm_comet.kernels._triton import cdiv
 from vllm_comet.kernels.tiles import Tile
 from vllm_comet.kernels.w4ax_gemm import KernelWeight
-from vllm_comet.kernels.w4ax_gemm_hopper import SHARED_MEMORY, cta_barrier, tma_load, unpack
+from vllm_comet.kernels.w4ax_gemm_hopper import SHARED_MEMORY, X_LAYOUT, cta_barrier, tma_load, unpack
 from vllm_comet.kernels.w4ax_gemm_hopper_output import rescale, rescale_factors
 
 
@@ -199,6 +199,9 @@ def _w4ax_small_kernel(x_desc, w_desc, g_desc, as_ptr, c_ptr, bias_ptr, y_ptr, M
 
 
 # ------------------------------------------------------------------------------------------------------------- launcher
+W_LAYOUT, G_LAYOUT = gl.NVMMASharedLayout(0, 32, rank=5), gl.NVMMASharedLayout(0, 8, rank=3)
+
+
 def constants(tile: Tile, blocks: int, group_size: int, two: bool) -> dict[str, int | bool]:
     """The kernel's compile-time parameters; raises ValueError for a tile it can't run."""
     slabs, groups = tile.block_n // 16, 0 if group_size == -1 else BLOCK // group_size
@@ -220,14 +223,14 @@ def descriptors(
     """Tensor maps of activations ``[blocks, M, 128]``, weights ``[tiles, blocks, 2, 4, 128]`` and scales."""
     (tiles, blocks, _), slabs = weight.packed.shape, tile.block_n // 16
     x_desc = TensorDescriptor(codes, [blocks, codes.shape[0], BLOCK], [BLOCK, codes.stride(0), 1],
-                              [ways, tile.block_m, BLOCK], gl.NVMMASharedLayout(128, 8, rank=3))
+                              [ways, tile.block_m, BLOCK], X_LAYOUT)
     w_desc = TensorDescriptor(weight.packed, [tiles, blocks, 2, 4, 128], [blocks * 1024, 1024, 512, 128, 1],
-                              [1, ways, 2, slabs, 128], gl.NVMMASharedLayout(0, 32, rank=5))
+                              [1, ways, 2, slabs, 128], W_LAYOUT)
     if weight.group_scale is None:
         return x_desc, w_desc, None
     groups, rows = BLOCK // weight.group_size, weight.group_scale.shape[1]
     return x_desc, w_desc, TensorDescriptor(weight.group_scale, [blocks, groups, rows], [groups * rows, rows, 1],
-                                            [ways, groups, tile.block_n], gl.NVMMASharedLayout(0, 8, rank=3))
+                                            [ways, groups, tile.block_n], G_LAYOUT)
 
 
 def w4ax_gemm_hopper_small(
