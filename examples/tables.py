@@ -13,7 +13,7 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 GEMM_MODES = ["comet-g128", "comet-g64", "comet-channel", "marlin-w4a16", "machete-w4a16", "cutlass-w8a8-int8",
               "cutlass-fp8", "cutlass-w4a8-fp8", "humming-w4a8-int8"]
-GEMM_ROWS = [1, 16, 64, 128, 256, 1024, 4096]
+GEMM_ROWS = [1, 16, 64, 128, 256, 512, 1024, 4096]
 BASELINE = "bf16"
 DEFAULT_MODE, MIXED_MODE, SHARE = "W4A8KV4", "W4AxKV4", "INT8 share"
 

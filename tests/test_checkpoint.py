@@ -110,6 +110,17 @@ def test_verify_names_the_wrong_tensor(checkpoint, tensor, edit, message):
         ck.verify_checkpoint(checkpoint)
 
 
+def test_verify_reads_a_tensor_in_pieces(checkpoint, monkeypatch):
+    monkeypatch.setattr(ck, "CHECK_CHUNK", 1000)
+    ck.verify_checkpoint(checkpoint)
+    path = checkpoint / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1  # in the last piece of the last tensor
+    path.write_bytes(data)
+    with pytest.raises(ck.CheckpointError, match="is damaged: CRC-32"):
+        ck.verify_checkpoint(checkpoint)
+
+
 def test_verify_names_the_damaged_tensor(checkpoint):
     path = checkpoint / "model.safetensors"
     data = bytearray(path.read_bytes())

@@ -154,16 +154,6 @@ def test_fuzz_hopper_small(tile):
     check(w4ax_gemm_hopper_small, "hopper", 5, 192, 1024, 384, -1, tile, extreme=True)
 
 
-@needs_hopper
-def test_hopper_refuses_tiles():
-    from vllm_comet.kernels.w4ax_gemm_hopper import constants
-
-    with pytest.raises(ValueError, match="shared memory"):
-        constants(Tile(256, 128, 1, 8, 4, depth=2), 1, 128, True)
-    with pytest.raises(ValueError, match="block_n"):
-        constants(Tile(128, 256, 1, 8, 3), 1, 128, True)
-
-
 # ----------------------------------------------------------------------------------------------------------- custom ops
 def linear_operands(m, n, k, split, group_size=128):
     packed, groups, scale, bias = random_layer(n, k, group_size, 3)

@@ -108,3 +108,15 @@ def test_hopper_small_gemm(tile, group_size, two):
         constants["g_desc"] = None
     compiled = build(small._w4ax_small_kernel, arguments, constants, 90, tile.warps, source=source)
     assert "mma.sync" in compiled.asm["ptx"] and compiled.asm["cubin"]
+
+
+@pytest.mark.parametrize("tile,reason", [
+    (Tile(256, 128, 1, 8, 4, depth=2), "shared memory"), (Tile(128, 256, 1, 8, 3), "block_n must be"),
+    (Tile(128, 128, 1, 8, 1), "more stages"),
+])  # fmt: skip
+def test_hopper_refuses_tiles(tile, reason):
+    gluon()
+    from vllm_comet.kernels.w4ax_gemm_hopper import constants
+
+    with pytest.raises(ValueError, match=reason):
+        constants(tile, 1, 128, True)

@@ -16,8 +16,8 @@ import torch
 
 REPLAYS = 7
 HEAD_START = 3
-"""How often the GPU could wait for the host to enqueue what is timed: it spins that long before it begins."""
-SPIN_HZ = 2e9
+"""Before timed launches, the GPU spins this many times as long as the host needs to enqueue them."""
+SPIN_HZ = 2e9  # cycles of a spin a second, no lower than the GPU's clock
 REST_S = 0.03
 """Pause before a measurement of milliseconds: such kernels drive the GPU to its power limit, and without a rest each
 would be timed at the clock that the one before it left behind (seen on an H100: 10 % within one run)."""

@@ -60,6 +60,7 @@ def stage_tokens(as_ptr, tile_m, M, BM: gl.constexpr, WARPS: gl.constexpr, TWO: 
 
 @gluon.jit
 def rescale_staged(low, tokens):
+    """``rescale`` of int32 sums ``[BN, BM]`` with what ``stage_tokens`` gave."""
     _, times, half, right = tokens
     at: gl.constexpr = gl.SliceLayout(0, low.type.layout)
     return rescale(low, (times.load(at), half.load(at), right.load(at)))
@@ -68,6 +69,10 @@ def rescale_staged(low, tokens):
 @gluon.jit
 def write_output(acc, ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_ptr, M, N,
                   WARPS: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+    """Sums int32 ``[BN, BM]`` → their tile of y ``[M, N]``: float32 times token scale, times row scale, plus bias.
+
+    ring: shared memory that is free by now; tokens, row_scale: from ``stage_tokens`` and ``stage``.
+    """
     BN: gl.constexpr = acc.shape[0]
     BM: gl.constexpr = acc.shape[1]
     rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
