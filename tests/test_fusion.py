@@ -12,6 +12,7 @@ import vllm.ir.ops  # noqa: E402, F401
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from vllm.model_executor.layers.activation import SiluAndMul  # noqa: E402
 
+from vllm_comet.kernels.act_quant import code_sums_ref  # noqa: E402
 from vllm_comet.quantization.fusion import ActivationQuantizationFusion  # noqa: E402
 
 K, SPLIT = 256, 128
@@ -65,11 +66,12 @@ def test_quantisation_joins_the_kernel_before_it(function, fused):
     assert fused in targets
     assert OPS.quantize_activation.default not in targets
     assert not targets & {torch.ops.vllm_ir.fused_add_rms_norm.default, torch.ops.aten.mul.Tensor}
-    codes, scales, *added = module(*arguments)
-    want_codes, want_scales, *want_added = function(*arguments)
+    codes, scales, sums, *added = module(*arguments)
+    want_codes, want_scales, _, *want_added = function(*arguments)
     # the fused kernel quantises the float32 value, the unfused one its rounding to bf16: half a code at 2**-8 relative
     assert (codes.int() - want_codes.int()).abs().max() <= 1
     torch.testing.assert_close(scales, want_scales, rtol=2**-7, atol=0)
+    assert torch.equal(sums, code_sums_ref(codes, SPLIT))
     assert all(torch.equal(a, b) for a, b in zip(added, want_added, strict=True))
 
 

@@ -9,7 +9,7 @@ from kernel_testing import DEVICE, GPU, HOPPER, needs_gpu, needs_hopper, needs_k
 
 from vllm_comet import checkpoint as ck
 from vllm_comet.kernels import ops
-from vllm_comet.kernels.act_quant import padded_k, quantize_activation_ref
+from vllm_comet.kernels.act_quant import code_sums_ref, padded_k, quantize_activation_ref
 from vllm_comet.kernels.tiles import Tile, choose_tile
 from vllm_comet.kernels.w4ax_gemm import pack_weight, padded_rows, unpack_tiles, w4ax_gemm_ref, w4ax_gemm_triton
 
@@ -43,20 +43,25 @@ def random_codes(m, k, split, seed, extreme=False):
     return codes.to(DEVICE), scales.to(DEVICE)
 
 
-def check(gemm, layout, m, n, k, split, group_size, tile, bias=True, dtype=torch.float32, extreme=False):
-    """The kernel's bits equal the reference's, twice, and its counters are back at zero."""
+def check(gemm, layout, m, n, k, split, group_size, tile, bias=True, dtype=torch.float32, extreme=False, sums=False):
+    """The kernel's bits equal the reference's, twice, and its counters are back at zero.
+
+    sums: whether the kernel is given the sums of the codes, with the garbage behind K.
+    """
     packed, groups, scale, b = random_layer(n, k, group_size, n + k, extreme)
     b = b.to(dtype) if bias else None
     weight = pack_weight(packed, groups, group_size, split, layout)
     codes, act_scales = random_codes(m, k, split, m, extreme)
+    code_sums = code_sums_ref(codes, -(-split // 128) * 128) if sums else None
     integers = ck.integer_weight(packed, groups, group_size)
     expected = w4ax_gemm_ref(codes[:, :k], act_scales, integers, scale, split, b, dtype)
     for _ in range(2):
         torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)  # freed at once: the output takes its memory
-        y = gemm(codes, act_scales, weight, scale, b, dtype, tile)
+        y = gemm(codes, act_scales, weight, scale, b, dtype, tile, code_sums)
         assert y.shape == (m, n) and y.dtype == dtype
         wrong = int((y != expected).sum())
-        assert not wrong, f"{wrong} of {y.numel()} differ: M={m} N={n} K={k} split={split} g={group_size} {tile}"
+        case = f"M={m} N={n} K={k} split={split} g={group_size} sums={sums} {tile}"
+        assert not wrong, f"{wrong} of {y.numel()} differ: {case}"
     assert not weight.counters.any()
 
 
@@ -135,8 +140,11 @@ def test_fuzz_hopper(tile):
 
     for m, n, k, split, group_size, rng in fuzz_cases(6, tile.block_m * tile.block_n + tile.warps):
         dtype = rng.choice([torch.bfloat16, torch.float16, torch.float32])
-        check(w4ax_gemm_hopper, "hopper", m, n, k, split, group_size, tile, rng.random() < 0.5, dtype)
-    check(w4ax_gemm_hopper, "hopper", 9, 192, 1024, 512, 128, tile, extreme=True)
+        bias = rng.random() < 0.5
+        for sums in (False, True):
+            check(w4ax_gemm_hopper, "hopper", m, n, k, split, group_size, tile, bias, dtype, sums=sums)
+    for sums in (False, True):
+        check(w4ax_gemm_hopper, "hopper", 9, 192, 1024, 512, 128, tile, extreme=True, sums=sums)
 
 
 SMALL_TILES = [Tile(*tile, form="small") for tile in (
@@ -167,17 +175,17 @@ def linear_operands(m, n, k, split, group_size=128):
 def test_linear_ops(m, group_size):
     x, weight, integers, scale, bias = linear_operands(m, 200, 392, 256, group_size)
     perm = torch.randperm(392, generator=torch.Generator().manual_seed(0)).to(torch.int32).to(DEVICE)
-    codes, act_scales = torch.ops.vllm_comet.quantize_activation(x, perm, 256, 4)
+    codes, act_scales, sums = torch.ops.vllm_comet.quantize_activation(x, perm, 256, 4)
     expected_codes, expected_scales = quantize_activation_ref(x, perm, 256, 4)
     assert torch.equal(codes[:, :392], expected_codes) and torch.equal(act_scales, expected_scales)
-    y = ops.w4ax_linear(codes, act_scales, weight, scale, bias)
+    y = ops.w4ax_linear(codes, act_scales, sums, weight, scale, bias)
     assert torch.equal(y, w4ax_gemm_ref(expected_codes, expected_scales, integers, scale, 256, bias))
 
 
 def test_ops_have_fake_implementations():
     x, weight, _, scale, bias = linear_operands(3, 64, 256, 128)
-    codes, act_scales = torch.ops.vllm_comet.quantize_activation(x, None, 128, 8)
-    arguments = (codes, act_scales, weight.packed, weight.group_scale, weight.counters, scale, bias, 64, 256, 128, 128,
+    quantized = torch.ops.vllm_comet.quantize_activation(x, None, 128, 8)
+    arguments = (*quantized, weight.packed, weight.group_scale, weight.counters, scale, bias, 64, 256, 128, 128,
                  weight.layout, torch.bfloat16)  # fmt: skip
     torch.library.opcheck(torch.ops.vllm_comet.w4ax_linear.default, arguments)
     torch.library.opcheck(torch.ops.vllm_comet.quantize_activation.default, (x, None, 128, 8))
@@ -194,13 +202,12 @@ def test_second_import_registers_nothing():
 
 
 @needs_gpu
-@pytest.mark.parametrize("m", [1, 40])
+@pytest.mark.parametrize("m", [1, 40, 300])
 def test_cuda_graph_and_compile(m):
     x, weight, integers, scale, _ = linear_operands(m, 4096, 4096, 3584)
 
     def layer(x):
-        codes, act_scales = torch.ops.vllm_comet.quantize_activation(x, None, 3584, 8)
-        return ops.w4ax_linear(codes, act_scales, weight, scale)
+        return ops.w4ax_linear(*torch.ops.vllm_comet.quantize_activation(x, None, 3584, 8), weight, scale)
 
     expected = w4ax_gemm_ref(*quantize_activation_ref(x, None, 3584, 8), integers, scale, 3584)
     assert torch.equal(layer(x), expected)

@@ -10,11 +10,12 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from vllm_comet.kernels import act_quant, w4ax_gemm  # noqa: E402
+from vllm_comet.kernels._triton import rewrite_ptx  # noqa: E402
 from vllm_comet.kernels.tiles import Tile  # noqa: E402
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter has no compiler")
 BLOCKS = 32
-GEMM_TAIL = {"as_ptr": "*fp32", "c_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
+GEMM_TAIL = {"sums_ptr": "*i32", "as_ptr": "*fp32", "c_ptr": "*fp32", "bias_ptr": "*bf16", "y_ptr": "*bf16"}
 
 
 def build(kernel, arguments, constants, capability, warps, stages=3, source=ASTSource, **options):
@@ -45,10 +46,10 @@ def test_triton_gemm(capability, groups, split):
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_activation_quantisation(capability):
-    shared = {"perm_ptr": "*i32", "codes_ptr": "*i8", "scales_ptr": "*fp32", "x_ptr": "*bf16",
+    shared = {"perm_ptr": "*i32", "codes_ptr": "*i8", "scales_ptr": "*fp32", "sums_ptr": "*i32", "x_ptr": "*bf16",
               **dict.fromkeys(("K", "k_pad", "split", "stride_x", "stride_r"), "i32")}  # fmt: skip
     norm = {"residual_ptr": "*bf16", "h_ptr": "*bf16", "weight_ptr": "*bf16", "eps": "fp32"}
-    constants = {"BLOCK": 4096, "HAS_PERM": True, "LOW_QMAX": 127, "TWO": True, "PDL": capability == 90}
+    constants = {"BLOCK": 4096, "HAS_PERM": True, "LOW_QMAX": 127, "TWO": True, "SUMS": True, "PDL": capability == 90}
     for kernel in (act_quant._quantize_kernel, act_quant._silu_mul_kernel):
         assert build(kernel, shared, constants, capability, 4).asm["cubin"]
     constants["HAS_RESIDUAL"] = True
@@ -78,7 +79,7 @@ def test_hopper_gemm(tile, group_size, two, output):
     source, tensor_map = gluon()
     from vllm_comet.kernels import w4ax_gemm_hopper as hopper
 
-    constants = {**hopper.constants(tile, tile.split, group_size, two), "BIAS": True}
+    constants = {**hopper.constants(tile, tile.split, group_size, two, sums=True), "BIAS": True}
     arguments = {"x_desc": tensor_map("i8", (tile.depth, tile.block_m, 128), 128, 8), "w_ptr": "*i32", "g_ptr": "*i16",
                  "partial_ptr": "*i32", "counter_ptr": "*i32", **GEMM_TAIL,
                  **dict.fromkeys(("M", "N", "n_pairs", "blocks_k", "low_blocks", "total_steps"), "i32"),
@@ -88,6 +89,17 @@ def test_hopper_gemm(tile, group_size, two, output):
     compiled = build(hopper._w4ax_kernel, arguments, constants, 90, tile.warps, source=source,
                      maxnreg=tile.registers or None)
     assert "wgmma.mma_async" in compiled.asm["ptx"] and compiled.asm["cubin"]
+    if constants["UNSIGNED"]:
+        path = rewrite_ptx(compiled.asm["ptx"], *hopper.UNSIGNED_PTX)
+        assert path == rewrite_ptx(compiled.asm["ptx"], *hopper.UNSIGNED_PTX)
+        unsigned = build(hopper._w4ax_kernel, arguments, constants, 90, tile.warps, source=source,
+                         maxnreg=tile.registers or None, ir_override=path)
+        assert ".s32.u8.s8" in unsigned.asm["ptx"] and unsigned.asm["cubin"] != compiled.asm["cubin"]
+
+
+def test_rewrite_refuses_other_code():
+    with pytest.raises(RuntimeError, match="without 'wgmma'"):
+        rewrite_ptx("mov.b32", "wgmma", "x")
 
 
 @pytest.mark.parametrize("tile,group_size,two", [
@@ -119,4 +131,4 @@ def test_hopper_refuses_tiles(tile, reason):
     from vllm_comet.kernels.w4ax_gemm_hopper import constants
 
     with pytest.raises(ValueError, match=reason):
-        constants(tile, 1, 128, True)
+        constants(tile, 1, 128, True, True)

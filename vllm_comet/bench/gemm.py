@@ -56,11 +56,11 @@ def comet(mode: str, x: torch.Tensor, n: int, k: int, copies: int, high_share: f
     weights = problems.weight_copies(weight, copies)
 
     def product(i: int) -> torch.Tensor:
-        return ops.w4ax_linear(problem.codes, problem.act_scales, weights[i], problem.weight_scale)
+        return ops.w4ax_linear(problem.codes, problem.act_scales, problem.sums, weights[i], problem.weight_scale)
 
     def with_quant(i: int) -> torch.Tensor:
-        codes, scales = torch.ops.vllm_comet.quantize_activation(problem.x, None, weight.split, 8)
-        return ops.w4ax_linear(codes, scales, weights[i], problem.weight_scale)
+        quantized = torch.ops.vllm_comet.quantize_activation(problem.x, None, weight.split, 8)
+        return ops.w4ax_linear(*quantized, weights[i], problem.weight_scale)
 
     return Candidate(mode, copies, product, with_quant, relative_error(product(0), problem.expected()), 0.0)
 

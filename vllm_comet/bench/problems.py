@@ -30,6 +30,7 @@ class Problem:
     x: torch.Tensor
     codes: torch.Tensor
     act_scales: torch.Tensor
+    sums: torch.Tensor
     weight: KernelWeight
     weight_scale: torch.Tensor
 
@@ -59,8 +60,8 @@ def random_weight(n: int, k: int, group_size: int, split: int, layout: str | Non
 
 def make_problem(n: int, k: int, m: int, weight: KernelWeight) -> Problem:
     x = torch.randn(m, k, dtype=torch.bfloat16, device="cuda")
-    codes, scales = torch.ops.vllm_comet.quantize_activation(x, None, weight.split, 8)
-    return Problem(x, codes, scales, weight, torch.rand(n, device="cuda") + 0.5)
+    quantized = torch.ops.vllm_comet.quantize_activation(x, None, weight.split, 8)
+    return Problem(x, *quantized, weight, torch.rand(n, device="cuda") + 0.5)
 
 
 def low_channels(k: int, high_share: float = HIGH_SHARE) -> int:

@@ -13,10 +13,11 @@ The ``*_ref`` functions define the results; the Triton kernels do a row per prog
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 
-from vllm_comet.kernels._triton import require_triton, tl, triton
+from vllm_comet.kernels._triton import Launcher, require_triton, tl, triton
 
 QMAX = {4: 7, 8: 127}
 """Largest code of a symmetric segment of 4 or 8 bits (−8 and −128 are not used)."""
@@ -24,6 +25,8 @@ TINY = 1e-20
 """A segment whose largest magnitude is below this counts as zero."""
 MIN_SHIFT, MAX_SHIFT = -4, 15
 """Bounds of log2(high scale / low scale). Shifted by 4 bits, a sum of 4-bit codes over MAX_K channels fits 31 bits."""
+SUMS_FROM = 257
+"""Rows from which the kernels also give the sums of each row's codes, for GEMMs that take weights as unsigned."""
 K_ALIGN = 128
 """Kernels pad the rows of codes with zeros to a multiple of this, the K block of the GEMM."""
 MAX_K = 131072
@@ -76,6 +79,12 @@ def align_scales(low: torch.Tensor, high: torch.Tensor, low_bits: int) -> torch.
     shift = -(a - b >> 23)
     a = torch.where(shift > MAX_SHIFT, b - (MAX_SHIFT << 23), a)
     return torch.stack((a, a + (shift.clamp(MIN_SHIFT, MAX_SHIFT) << 23)), dim=1).view(torch.float32)
+
+
+def code_sums_ref(codes: torch.Tensor, split: int) -> torch.Tensor:
+    """int32 ``[M, 2]``: sums of the codes ``[M, K]`` of both segments."""
+    parts = codes.split((split, codes.shape[1] - split), dim=1)
+    return torch.stack([part.sum(dim=1, dtype=torch.int32) for part in parts], dim=1)
 
 
 def rms_norm_quantize_ref(
@@ -131,8 +140,9 @@ def _align_scales(low, high, LOW_QMAX: tl.constexpr):
 
 
 @triton.jit
-def _store_codes(v, col, row, codes_ptr, scales_ptr, K, k_pad, split, LOW_QMAX: tl.constexpr, TWO: tl.constexpr):
-    """Quantise the float32 row ``v`` (zero from K on) and write its codes and both scales."""
+def _store_codes(v, col, row, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split,
+                 LOW_QMAX: tl.constexpr, TWO: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
+    """Quantise the float32 row ``v`` (zero from K on) and write its codes, both scales and, if wanted, both sums."""
     in_low = col < split
     low = _segment_scale(v, in_low, LOW_QMAX)
     high = low
@@ -141,9 +151,15 @@ def _store_codes(v, col, row, codes_ptr, scales_ptr, K, k_pad, split, LOW_QMAX: 
     scale = tl.where(in_low, low, high) if TWO else low
     inverse = tl.where(scale > 0, tl.div_rn(1.0, tl.maximum(scale, 1e-30)), 0.0)
     magic: tl.constexpr = 12582912.0  # 1.5 · 2**23: adding it leaves no fraction bits, so the sum is rounded to even
-    tl.store(codes_ptr + row * k_pad + col, ((v * inverse + magic) - magic).to(tl.int8), mask=col < k_pad)
+    codes = ((v * inverse + magic) - magic).to(tl.int32)
+    tl.store(codes_ptr + row * k_pad + col, codes.to(tl.int8), mask=col < k_pad)
     tl.store(scales_ptr + row * 2, low)
     tl.store(scales_ptr + row * 2 + 1, high)
+    if SUMS:
+        total = tl.sum(codes, axis=0)
+        in_first = tl.sum(tl.where(in_low, codes, 0), axis=0) if TWO else total
+        tl.store(sums_ptr + row * 2, in_first)
+        tl.store(sums_ptr + row * 2 + 1, total - in_first)
 
 
 @triton.jit
@@ -163,8 +179,9 @@ def _permute(v, channel, inside, HAS_PERM: tl.constexpr):
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, perm_ptr, codes_ptr, scales_ptr, K, k_pad, split, stride_x,
-    BLOCK: tl.constexpr, HAS_PERM: tl.constexpr, LOW_QMAX: tl.constexpr, TWO: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, perm_ptr, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split, stride_x,
+    BLOCK: tl.constexpr, HAS_PERM: tl.constexpr, LOW_QMAX: tl.constexpr, TWO: tl.constexpr,
+    SUMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
@@ -175,14 +192,14 @@ def _quantize_kernel(
     else:
         v = tl.load(x_ptr + row * stride_x + col, mask=col < K, other=0.0).to(tl.float32)
         v = _permute(v, channel, col < K, HAS_PERM)
-    _store_codes(v, col, row, codes_ptr, scales_ptr, K, k_pad, split, LOW_QMAX, TWO)
+    _store_codes(v, col, row, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split, LOW_QMAX, TWO, SUMS)
 
 
 @triton.jit
 def _rms_norm_kernel(
-    x_ptr, residual_ptr, h_ptr, weight_ptr, perm_ptr, codes_ptr, scales_ptr, K, k_pad, split, stride_x, stride_r, eps,
-    BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_PERM: tl.constexpr, LOW_QMAX: tl.constexpr, TWO: tl.constexpr,
-    PDL: tl.constexpr,
+    x_ptr, residual_ptr, h_ptr, weight_ptr, perm_ptr, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split,
+    stride_x, stride_r, eps, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_PERM: tl.constexpr,
+    LOW_QMAX: tl.constexpr, TWO: tl.constexpr, SUMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
@@ -198,13 +215,14 @@ def _rms_norm_kernel(
         h = rounded.to(tl.float32)
     v = h * tl.rsqrt(tl.sum(h * h, axis=0) / K + eps) * weight
     v = _permute(v, channel, inside, HAS_PERM)
-    _store_codes(v, col, row, codes_ptr, scales_ptr, K, k_pad, split, LOW_QMAX, TWO)
+    _store_codes(v, col, row, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split, LOW_QMAX, TWO, SUMS)
 
 
 @triton.jit
 def _silu_mul_kernel(
-    x_ptr, perm_ptr, codes_ptr, scales_ptr, K, k_pad, split, stride_x,
-    BLOCK: tl.constexpr, HAS_PERM: tl.constexpr, LOW_QMAX: tl.constexpr, TWO: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, perm_ptr, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split, stride_x,
+    BLOCK: tl.constexpr, HAS_PERM: tl.constexpr, LOW_QMAX: tl.constexpr, TWO: tl.constexpr,
+    SUMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
@@ -213,7 +231,7 @@ def _silu_mul_kernel(
     gate = tl.load(x_ptr + row * stride_x + channel, mask=col < K, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * stride_x + K + channel, mask=col < K, other=0.0).to(tl.float32)
     v = gate * tl.sigmoid(gate) * up
-    _store_codes(v, col, row, codes_ptr, scales_ptr, K, k_pad, split, LOW_QMAX, TWO)
+    _store_codes(v, col, row, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split, LOW_QMAX, TWO, SUMS)
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers
@@ -231,10 +249,11 @@ def check_segments(k: int, split: int, low_bits: int) -> None:
         raise ValueError(f"K = {k} channels; activation quantisation handles up to {MAX_K}.")
 
 
-def new_outputs(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Uninitialised codes int8 ``[M, Kpad]`` and scales float32 ``[M, 2]``."""
-    codes = torch.empty(x.shape[0], padded_k(k), dtype=torch.int8, device=x.device)
-    return codes, torch.empty(x.shape[0], 2, dtype=torch.float32, device=x.device)
+def new_outputs(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Uninitialised codes int8 ``[M, Kpad]``, scales float32 ``[M, 2]`` and sums int32 ``[M, 2]``."""
+    m, device = x.shape[0], x.device
+    return (torch.empty(m, padded_k(k), dtype=torch.int8, device=device),
+            torch.empty(m, 2, dtype=torch.float32, device=device), torch.empty(m, 2, dtype=torch.int32, device=device))
 
 
 @functools.cache
@@ -244,15 +263,16 @@ def pdl_supported(device: torch.device) -> bool:
 
 
 @functools.cache
-def _meta(k: int, split: int, low_bits: int, has_perm: bool, device: torch.device) -> dict[str, object]:
-    """Compile-time parameters and launch options; cached, because a launch costs little more than finding them."""
+def _launcher(
+    kernel: Any, k: int, split: int, low_bits: int, has_perm: bool, sums: bool, device: torch.device, **parameters: bool
+) -> Launcher:
     require_triton("activation quantisation")
     check_segments(k, split, low_bits)
     block = max(triton.next_power_of_2(padded_k(k)), 128)
     pdl = pdl_supported(device)
-    meta = dict(BLOCK=block, HAS_PERM=has_perm, LOW_QMAX=QMAX[low_bits], TWO=split < k, PDL=pdl,
-                num_warps=min(32, max(4, block // 1024)), enable_fp_fusion=False)
-    return {**meta, "launch_pdl": True} if pdl else meta
+    return Launcher(kernel, BLOCK=block, HAS_PERM=has_perm, LOW_QMAX=QMAX[low_bits], TWO=split < k, SUMS=sums,
+                    PDL=pdl, num_warps=min(32, max(4, block // 1024)), enable_fp_fusion=False, **parameters,
+                    **({"launch_pdl": True} if pdl else {}))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -261,43 +281,47 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 def quantize_activation_triton(
     x: torch.Tensor, perm: torch.Tensor | None, split: int, low_bits: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``quantize_activation_ref`` as one kernel; the codes are ``[M, Kpad]`` with zeros behind K."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``quantize_activation_ref`` as one kernel → codes, scales, sums.
+
+    The codes are ``[M, Kpad]`` with zeros behind K, the sums ``code_sums_ref`` if M ≥ ``SUMS_FROM``, else undefined.
+    """
     x, k = _rows(x), x.shape[1]
-    meta = _meta(k, split, low_bits, perm is not None, x.device)
-    codes, scales = new_outputs(x, k)
+    launch = _launcher(_quantize_kernel, k, split, low_bits, perm is not None, x.shape[0] >= SUMS_FROM, x.device)
+    codes, scales, sums = new_outputs(x, k)
     if x.shape[0]:
-        _quantize_kernel[(x.shape[0],)](x, perm, codes, scales, k, codes.shape[1], split, x.stride(0), **meta)
-    return codes, scales
+        launch((x.shape[0], 1, 1), x, perm, codes, scales, sums, k, codes.shape[1], split, x.stride(0))
+    return codes, scales, sums
 
 
 def rms_norm_quantize_triton(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, perm: torch.Tensor | None,
     split: int, low_bits: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``rms_norm_quantize_ref`` as one kernel; codes ``[M, Kpad]``. Without a residual, h is a copy of x."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``rms_norm_quantize_ref`` as one kernel → codes ``[M, Kpad]``, scales, sums, h (without a residual a copy of x).
+    """
     x, k = _rows(x), x.shape[1]
     if k > MAX_NORM_K:
         raise ValueError(f"K = {k} channels; rms_norm_quantize handles up to {MAX_NORM_K}. Norm and quantise apart.")
     residual = None if residual is None else _rows(residual)
-    meta = _meta(k, split, low_bits, perm is not None, x.device)
-    codes, scales = new_outputs(x, k)
+    launch = _launcher(_rms_norm_kernel, k, split, low_bits, perm is not None, x.shape[0] >= SUMS_FROM, x.device,
+                       HAS_RESIDUAL=residual is not None)
+    codes, scales, sums = new_outputs(x, k)
     h = x.clone() if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.shape[0]:
-        _rms_norm_kernel[(x.shape[0],)](
-            x, residual, h, weight, perm, codes, scales, k, codes.shape[1], split, x.stride(0),
-            0 if residual is None else residual.stride(0), eps, HAS_RESIDUAL=residual is not None, **meta)  # fmt: skip
-    return codes, scales, h
+        launch((x.shape[0], 1, 1), x, residual, h, weight, perm, codes, scales, sums, k, codes.shape[1], split,
+               x.stride(0), 0 if residual is None else residual.stride(0), eps)
+    return codes, scales, sums, h
 
 
 def silu_mul_quantize_triton(
     gate_up: torch.Tensor, perm: torch.Tensor | None, split: int, low_bits: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``silu_mul_quantize_ref`` as one kernel; codes ``[M, Kpad]``."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``silu_mul_quantize_ref`` as one kernel → codes ``[M, Kpad]``, scales, sums."""
     gate_up, k = _rows(gate_up), gate_up.shape[1] // 2
-    meta = _meta(k, split, low_bits, perm is not None, gate_up.device)
-    codes, scales = new_outputs(gate_up, k)
-    if gate_up.shape[0]:
-        _silu_mul_kernel[(gate_up.shape[0],)](
-            gate_up, perm, codes, scales, k, codes.shape[1], split, gate_up.stride(0), **meta)
-    return codes, scales
+    m = gate_up.shape[0]
+    launch = _launcher(_silu_mul_kernel, k, split, low_bits, perm is not None, m >= SUMS_FROM, gate_up.device)
+    codes, scales, sums = new_outputs(gate_up, k)
+    if m:
+        launch((m, 1, 1), gate_up, perm, codes, scales, sums, k, codes.shape[1], split, gate_up.stride(0))
+    return codes, scales, sums

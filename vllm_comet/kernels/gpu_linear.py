@@ -30,9 +30,9 @@ class GpuLinear(torch.nn.Module):
         self.low_bits = low_bits
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        codes, scales = torch.ops.vllm_comet.quantize_activation(x, self.perm, self.split, self.low_bits)
+        codes, scales, sums = torch.ops.vllm_comet.quantize_activation(x, self.perm, self.split, self.low_bits)
         return torch.ops.vllm_comet.w4ax_linear(
-            codes, scales, self.packed, self.group_scale, self.counters, self.scale, bias, self.n, self.k,
+            codes, scales, sums, self.packed, self.group_scale, self.counters, self.scale, bias, self.n, self.k,
             self.group_size, self.split, self.layout, x.dtype)
 
     def compile_kernels(self, max_tokens: int, bias: torch.Tensor | None, dtype: torch.dtype) -> None:

@@ -17,11 +17,12 @@ channel ``i · D/4 + j``, so one AND yields two channels that lie in the right p
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 
-from vllm_comet.kernels._triton import cdiv, require_triton, tl, triton
+from vllm_comet.kernels._triton import Launcher, cdiv, require_triton, tl, triton
 from vllm_comet.kernels.act_quant import pdl_supported
 
 
@@ -203,6 +204,18 @@ def _store_kernel(
     )  # fmt: skip
 
 
+_STORE_ROWS = 16  # tokens a program
+
+
+@functools.cache
+def _store(head_dim: int, group_size: int, block_size: int, round_trip: bool, device: torch.device) -> Launcher:
+    require_triton("store_kv")
+    lanes, pdl = triton.next_power_of_2(head_dim // 4), pdl_supported(device)
+    return Launcher(
+        _store_kernel, D=head_dim, GROUPS=head_dim // group_size, BLOCK=block_size, ROWS=_STORE_ROWS, LANES=lanes,
+        ROUND_TRIP=round_trip, PDL=pdl, num_warps=2 if lanes <= 32 else 4, launch_pdl=pdl)
+
+
 def store_kv(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -217,7 +230,6 @@ def store_kv(
     key, value: ``[T, H, D]``, channels contiguous. key_out, value_out: contiguous ``[T, H, D]``, or None; they receive
     the stored values as a load would return them, in their dtype. Rows of padding slots are left alone.
     """
-    require_triton("store_kv")
     tokens, (_, heads, head_dim) = slot_mapping.shape[0], key.shape
     check_pages(cache, head_dim, group_size)
     if tokens == 0:
@@ -227,13 +239,11 @@ def store_kv(
         key_out.is_contiguous() and value_out.is_contiguous()
     )):  # fmt: skip
         raise ValueError("key_out and value_out must both be contiguous tensors [T, H, D], or both None.")
-    lanes = triton.next_power_of_2(head_dim // 4)
-    rows, pdl = 16, pdl_supported(cache.device)
-    _store_kernel[(cdiv(tokens, rows), heads)](
+    store = _store(head_dim, group_size, cache.shape[2], round_trip, cache.device)
+    store(
+        (cdiv(tokens, _STORE_ROWS), heads, 1),
         key, value, key_out if round_trip else key, value_out if round_trip else value,
         cache.view(torch.int16), cache.view(torch.float16), slot_mapping, tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), heads * head_dim,
         cache.stride(0) // 2, cache.stride(1) // 2,
-        D=head_dim, GROUPS=head_dim // group_size, BLOCK=cache.shape[2], ROWS=rows, LANES=lanes,
-        ROUND_TRIP=round_trip, PDL=pdl, num_warps=2 if lanes <= 32 else 4, launch_pdl=pdl,
     )  # fmt: skip

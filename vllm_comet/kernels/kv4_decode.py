@@ -9,12 +9,13 @@ Both grids depend on padded sizes alone, so a captured CUDA graph serves every b
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 
-from vllm_comet.kernels._triton import cdiv, require_triton, tl, triton
+from vllm_comet.kernels._triton import Launcher, cdiv, require_triton, tl, triton
 from vllm_comet.kernels.act_quant import pdl_supported
 from vllm_comet.kernels.kv4_attention import dequantize, meta_scale, meta_zero, nibbles
 from vllm_comet.kernels.kv4_cache import check_pages
@@ -288,23 +289,54 @@ def make_scratch(
     )
 
 
+@functools.cache
+def _plan(max_requests: int, head_dim: int) -> Launcher:
+    require_triton("decode attention")
+    most = max(16, triton.next_power_of_2(max_requests))
+    return Launcher(_plan_kernel, MAX_REQUESTS=most, T=_tile(head_dim).tokens, CHUNK=1024,
+                    num_warps=max(1, min(8, most // 128)))
+
+
 def plan(seq_lens: torch.Tensor, window: int | None, head_dim: int, scratch: DecodeScratch) -> None:
     """Cut the requests of a step in parts, for every ``decode`` of that step with this scratch.
 
     seq_lens: int32 ``[R]`` on the device, the query's token included; 0 marks graph padding.
     """
-    require_triton("decode attention")
     requests = seq_lens.shape[0]
     if requests > scratch.spans.shape[0]:
         raise ValueError(f"{requests} requests, but the scratch was made for {scratch.spans.shape[0]}.")
-    max_requests = max(16, triton.next_power_of_2(scratch.spans.shape[0]))
-    fill = scratch.lse.shape[0]
-    _plan_kernel[(1,)](
-        seq_lens, scratch.parts, scratch.spans, requests, scratch.spans.shape[0], 2**30 if window is None else window,
-        scratch.parts.shape[0], _most_parts(requests, fill),
-        MAX_REQUESTS=max_requests, T=_tile(head_dim).tokens, CHUNK=1024,
-        num_warps=max(1, min(8, max_requests // 128)),
-    )  # fmt: skip
+    max_requests, fill = scratch.spans.shape[0], scratch.lse.shape[0]
+    _plan(max_requests, head_dim)(
+        (1, 1, 1), seq_lens, scratch.parts, scratch.spans, requests, max_requests,
+        2**30 if window is None else window, scratch.parts.shape[0], _most_parts(requests, fill))
+
+
+@functools.cache
+def _decode(
+    num_heads: int, num_kv_heads: int, head_dim: int, group_size: int, block_size: int, pdl: bool
+) -> Launcher:
+    require_triton("decode attention")
+    group, tile = num_heads // num_kv_heads, _tile(head_dim)
+    if group > MAX_GROUP or num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads over {num_kv_heads} KV heads; allowed: 1 to {MAX_GROUP} per one.")
+    if tile.tokens % block_size and block_size % tile.tokens:
+        raise ValueError(f"block size {block_size}; allowed: multiples and divisors of {tile.tokens}.")
+    expand = group_size % (head_dim // 4) != 0
+    return Launcher(
+        _decode_kernel, GROUP=group, D=head_dim, GROUPS=head_dim // group_size, BLOCK=block_size, T=tile.tokens,
+        ROWS=8 if group <= 8 else 16, PART_ROWS=_part_rows(num_heads, num_kv_heads),
+        LANES=max(16, triton.next_power_of_2(head_dim // 4)), PDL=pdl, num_warps=1,
+        num_stages=1 if expand else tile.stages, maxnreg=tile.registers)
+
+
+@functools.cache
+def _merge(num_heads: int, num_kv_heads: int, head_dim: int, tile: tuple[int, int, int], pdl: bool) -> Launcher:
+    # Only this kernel starts early: decode kernels that did took up to 17 us longer on an H200, and their programs
+    # ended up to twice as far apart, presumably as they crowd on the multiprocessors that are free first.
+    warps, elements, chunk = tile
+    return Launcher(
+        _merge_kernel, GROUP=num_heads // num_kv_heads, D=head_dim, PART_ROWS=_part_rows(num_heads, num_kv_heads),
+        E=elements, CHUNK=chunk, PDL=pdl, num_warps=warps, launch_pdl=pdl)
 
 
 def decode(
@@ -326,33 +358,17 @@ def decode(
 
     Safe inside a CUDA graph: nothing is read on the host; the grids depend on R, the GPU and the number of KV heads.
     """
-    require_triton("decode attention")
     requests, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = cache.shape
-    group, tile = num_heads // num_kv_heads, _tile(head_dim)
-    if group > MAX_GROUP or num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads} query heads over {num_kv_heads} KV heads; allowed: 1 to {MAX_GROUP} per one.")
-    if tile.tokens % block_size and block_size % tile.tokens:
-        raise ValueError(f"block size {block_size}; allowed: multiples and divisors of {tile.tokens}.")
     check_pages(cache, head_dim, group_size)
-    part_rows, programs = _part_rows(num_heads, num_kv_heads), _most_parts(requests, scratch.lse.shape[0])
-    expand = group_size % (head_dim // 4) != 0
-    # Only the merge kernel starts early: decode kernels that did took up to 17 us longer on an H200, and their programs
-    # ended up to twice as far apart, presumably as they crowd on the multiprocessors that are free first.
-    pdl = pdl_supported(q.device)
-    _decode_kernel[(programs, num_kv_heads)](
-        q, cache.view(torch.int16), cache.view(torch.int32), block_table, out,
+    programs, pdl = _most_parts(requests, scratch.lse.shape[0]), pdl_supported(q.device)
+    _decode(num_heads, num_kv_heads, head_dim, group_size, block_size, pdl)(
+        (programs, num_kv_heads, 1), q, cache.view(torch.int16), cache.view(torch.int32), block_table, out,
         scratch.parts, scratch.partial, scratch.lse, 2**30 if window is None else window, scale * math.log2(math.e),
-        q.stride(0), out.stride(0), block_table.stride(0), cache.stride(0) // 2, cache.stride(1) // 2,
-        GROUP=group, D=head_dim, GROUPS=head_dim // group_size, BLOCK=block_size, T=tile.tokens,
-        ROWS=8 if group <= 8 else 16, PART_ROWS=part_rows, LANES=max(16, triton.next_power_of_2(head_dim // 4)),
-        PDL=pdl, num_warps=1, num_stages=1 if expand else tile.stages, maxnreg=tile.registers,
-    )  # fmt: skip
+        q.stride(0), out.stride(0), block_table.stride(0), cache.stride(0) // 2, cache.stride(1) // 2)
     if requests < programs:  # else every request is one part
-        warps, elements, chunk = _merge_tile(requests)
-        _merge_kernel[(requests, num_kv_heads, cdiv(head_dim * part_rows, elements))](
-            scratch.spans, scratch.partial, scratch.lse, out, out.stride(0),
-            GROUP=group, D=head_dim, PART_ROWS=part_rows, E=elements, CHUNK=chunk, PDL=pdl,
-            num_warps=warps, launch_pdl=pdl,
-        )  # fmt: skip
+        rows, tile = scratch.lse.shape[2], _merge_tile(requests)
+        _merge(num_heads, num_kv_heads, head_dim, tile, pdl)(
+            (requests, num_kv_heads, cdiv(head_dim * rows, tile[1])), scratch.spans, scratch.partial, scratch.lse, out,
+            out.stride(0))
     return out

@@ -8,13 +8,14 @@ gathering costs by the token, attention by tokens times context. Arithmetic: ``k
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from vllm_comet.kernels._triton import cdiv, require_triton, tl, triton
+from vllm_comet.kernels._triton import Launcher, cdiv, require_triton, tl, triton
 from vllm_comet.kernels.kv4_attention import dequantize, meta_scale, meta_zero
 from vllm_comet.kernels.kv4_cache import check_pages
 
@@ -129,6 +130,20 @@ def _tile(head_dim: int) -> _Tile:
     return _Tile(128, 128, 8, 2) if head_dim <= 128 else _Tile(64, 64, 4, 2)
 
 
+@functools.cache
+def _prefill(group: int, head_dim: int, group_size: int, block_size: int) -> tuple[Launcher, int]:
+    """The launcher and the query tokens of a program."""
+    require_triton("prefill attention")
+    tile, heads = _tile(head_dim), triton.next_power_of_2(group)
+    if tile.tokens % block_size and block_size % tile.tokens:
+        raise ValueError(f"block size {block_size}; allowed: multiples and divisors of {tile.tokens}.")
+    queries = max(1, tile.rows // heads)
+    return Launcher(
+        _prefill_kernel, GROUP=group, D=head_dim, GROUPS=head_dim // group_size, BLOCK=block_size, T=tile.tokens,
+        QUERIES=queries, HEADS=heads, LANES=max(16, triton.next_power_of_2(head_dim // 4)), num_warps=tile.warps,
+        num_stages=tile.stages), queries  # fmt: skip
+
+
 def prefill(
     q: torch.Tensor,
     cache: torch.Tensor,
@@ -146,25 +161,17 @@ def prefill(
     q, out: ``[T, Hq, D]`` (bf16, fp16 or fp32), heads of a token contiguous; the other arguments as in
     ``attention_ref``, on the device, indices int32. max_query_len: an upper bound of the queries of a request.
     """
-    require_triton("prefill attention")
     _, num_heads, head_dim = q.shape
     _, num_kv_heads, block_size, _ = cache.shape
-    group, tile = num_heads // num_kv_heads, _tile(head_dim)
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads are not a multiple of {num_kv_heads} KV heads.")
-    if tile.tokens % block_size and block_size % tile.tokens:
-        raise ValueError(f"block size {block_size}; allowed: multiples and divisors of {tile.tokens}.")
     check_pages(cache, head_dim, group_size)
-    heads = triton.next_power_of_2(group)
-    queries = max(1, tile.rows // heads)
-    grid = (cdiv(max_query_len, queries), num_kv_heads, seq_lens.shape[0])
-    _prefill_kernel[grid](
+    launch, queries = _prefill(num_heads // num_kv_heads, head_dim, group_size, block_size)
+    launch(
+        (cdiv(max_query_len, queries), num_kv_heads, seq_lens.shape[0]),
         q, cache.view(torch.int16), cache.view(torch.int32), block_table, query_start_loc, seq_lens, out,
         2**30 if window is None else window, scale * math.log2(math.e), q.stride(0), out.stride(0),
         block_table.stride(0), cache.stride(0) // 2, cache.stride(1) // 2,
-        GROUP=group, D=head_dim, GROUPS=head_dim // group_size, BLOCK=block_size, T=tile.tokens, QUERIES=queries,
-        HEADS=heads, LANES=max(16, triton.next_power_of_2(head_dim // 4)),
-        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -200,6 +207,16 @@ def _gather_kernel(
         tl.store(value_ptr + out_at + i * L, x, mask=real)
 
 
+_GATHER_TOKENS = 32  # a program
+
+
+@functools.cache
+def _gather(head_dim: int, group_size: int, block_size: int) -> Launcher:
+    require_triton("gather_kv")
+    return Launcher(_gather_kernel, D=head_dim, GROUPS=head_dim // group_size, BLOCK=block_size, T=_GATHER_TOKENS,
+                    LANES=max(16, triton.next_power_of_2(head_dim // 4)), num_warps=4)
+
+
 def gather_kv(
     cache: torch.Tensor,
     block_table: torch.Tensor,
@@ -214,18 +231,15 @@ def gather_kv(
     key_start_loc: int32 ``[R + 1]`` on the device, running sum of the sequence lengths; max_seq_len: an upper bound of
     a length. The workspace must hold ``key_start_loc[-1]`` tokens, which the caller knows from its own upper bounds.
     """
-    require_triton("gather_kv")
     _, num_kv_heads, block_size, _ = cache.shape
     head_dim = key.shape[2]
     check_pages(cache, head_dim, group_size)
     if not (key.is_contiguous() and value.is_contiguous()):
         raise ValueError("key and value must be contiguous tensors [tokens, H, D].")
-    grid = (cdiv(max_seq_len, 32), num_kv_heads, key_start_loc.shape[0] - 1)
-    _gather_kernel[grid](
+    _gather(head_dim, group_size, block_size)(
+        (cdiv(max_seq_len, _GATHER_TOKENS), num_kv_heads, key_start_loc.shape[0] - 1),
         cache.view(torch.int16), cache.view(torch.int32), block_table, key_start_loc, key, value,
         block_table.stride(0), cache.stride(0) // 2, cache.stride(1) // 2, key.stride(0),
-        D=head_dim, GROUPS=head_dim // group_size, BLOCK=block_size, T=32,
-        LANES=max(16, triton.next_power_of_2(head_dim // 4)), num_warps=4,
     )  # fmt: skip
 
 

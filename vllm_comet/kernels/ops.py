@@ -26,20 +26,21 @@ from vllm_comet.kernels.w4ax_gemm import (
 __all__ = ["KernelWeight", "pack_weight", "w4ax_linear"]
 
 _SCHEMAS = {
-    "quantize_activation": "(Tensor x, Tensor? perm, int split, int low_bits) -> (Tensor, Tensor)",
+    "quantize_activation": "(Tensor x, Tensor? perm, int split, int low_bits) -> (Tensor, Tensor, Tensor)",
     "rms_norm_quantize": "(Tensor x, Tensor? residual, Tensor weight, float eps, Tensor? perm, int split, int low_bits)"
-                         " -> (Tensor, Tensor, Tensor)",
-    "silu_mul_quantize": "(Tensor gate_up, Tensor? perm, int split, int low_bits) -> (Tensor, Tensor)",
+                         " -> (Tensor, Tensor, Tensor, Tensor)",
+    "silu_mul_quantize": "(Tensor gate_up, Tensor? perm, int split, int low_bits) -> (Tensor, Tensor, Tensor)",
     # `counters` is zero before and after every call, so it doesn't count as mutated.
-    "w4ax_linear": "(Tensor codes, Tensor act_scales, Tensor packed, Tensor? group_scale, Tensor counters, "
-                   "Tensor weight_scale, Tensor? bias, int n, int k, int group_size, int split, str layout, "
-                   "ScalarType out_dtype) -> Tensor",
+    "w4ax_linear": "(Tensor codes, Tensor act_scales, Tensor sums, Tensor packed, Tensor? group_scale, "
+                   "Tensor counters, Tensor weight_scale, Tensor? bias, int n, int k, int group_size, int split, "
+                   "str layout, ScalarType out_dtype) -> Tensor",
 }  # fmt: skip
 
 
 def w4ax_linear(
     codes: torch.Tensor,
     act_scales: torch.Tensor,
+    sums: torch.Tensor,
     weight: KernelWeight,
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -47,12 +48,13 @@ def w4ax_linear(
 ) -> torch.Tensor:
     """``torch.ops.vllm_comet.w4ax_linear`` with the weight's parts filled in.
 
-    codes int8 ``[M, Kpad]`` and act_scales float32 ``[M, 2]`` from ``quantize_activation`` with the weight's ``split``;
-    weight_scale float32 ``[N]``; bias ``[N]`` or None → ``[M, N]`` in ``out_dtype`` (bf16, fp16 or fp32).
+    codes int8 ``[M, Kpad]``, act_scales float32 ``[M, 2]`` and sums int32 ``[M, 2]`` from ``quantize_activation`` with
+    the weight's ``split``; weight_scale float32 ``[N]``; bias ``[N]`` or None → ``[M, N]`` in ``out_dtype`` (bf16, fp16
+    or fp32).
     """
     return torch.ops.vllm_comet.w4ax_linear(
-        codes, act_scales, weight.packed, weight.group_scale, weight.counters, weight_scale, bias, weight.n, weight.k,
-        weight.group_size, weight.split, weight.layout, out_dtype)  # fmt: skip
+        codes, act_scales, sums, weight.packed, weight.group_scale, weight.counters, weight_scale, bias, weight.n,
+        weight.k, weight.group_size, weight.split, weight.layout, out_dtype)  # fmt: skip
 
 
 def gemm_kernel(layout: str, tile: Tile) -> Callable[..., torch.Tensor]:
@@ -69,21 +71,23 @@ def gemm_kernel(layout: str, tile: Tile) -> Callable[..., torch.Tensor]:
 
 
 # ------------------------------------------------------------------------------------------------------ implementations
-def _w4ax_linear_cuda(codes, act_scales, packed, group_scale, counters, weight_scale, bias, n, k, group_size, split,
-                      layout, out_dtype):  # fmt: skip
+def _w4ax_linear_cuda(codes, act_scales, sums, packed, group_scale, counters, weight_scale, bias, n, k, group_size,
+                      split, layout, out_dtype):  # fmt: skip
     weight = KernelWeight(packed, group_scale, counters, n, k, group_size, split, layout)
-    tile = choose_tile(codes.device, layout, n, k, codes.shape[0])
-    return gemm_kernel(layout, tile)(codes, act_scales, weight, weight_scale, bias, out_dtype, tile)
+    m = codes.shape[0]
+    tile = choose_tile(codes.device, layout, n, k, m)
+    return gemm_kernel(layout, tile)(
+        codes, act_scales, weight, weight_scale, bias, out_dtype, tile, sums if m >= act_quant.SUMS_FROM else None)
 
 
-def _w4ax_linear_cpu(codes, act_scales, packed, group_scale, counters, weight_scale, bias, n, k, group_size, split,
-                     layout, out_dtype):  # fmt: skip
+def _w4ax_linear_cpu(codes, act_scales, sums, packed, group_scale, counters, weight_scale, bias, n, k, group_size,
+                     split, layout, out_dtype):  # fmt: skip
     weight = unpack_tiles(KernelWeight(packed, group_scale, counters, n, k, group_size, split, layout))
     return w4ax_gemm_ref(codes[:, :k], act_scales, weight, weight_scale, split, bias, out_dtype)
 
 
-def _w4ax_linear_fake(codes, act_scales, packed, group_scale, counters, weight_scale, bias, n, k, group_size, split,
-                      layout, out_dtype):  # fmt: skip
+def _w4ax_linear_fake(codes, act_scales, sums, packed, group_scale, counters, weight_scale, bias, n, k, group_size,
+                      split, layout, out_dtype):  # fmt: skip
     return codes.new_empty(codes.shape[0], n, dtype=out_dtype)
 
 
@@ -94,7 +98,7 @@ def _pad_codes(codes: torch.Tensor) -> torch.Tensor:
 def _quantize_cpu(x, perm, split, low_bits):
     act_quant.check_segments(x.shape[1], split, low_bits)
     codes, scales = act_quant.quantize_activation_ref(x, perm, split, low_bits)
-    return _pad_codes(codes), scales
+    return _pad_codes(codes), scales, act_quant.code_sums_ref(codes, split)
 
 
 def _quantize_fake(x, perm, split, low_bits):
@@ -104,7 +108,7 @@ def _quantize_fake(x, perm, split, low_bits):
 def _rms_norm_cpu(x, residual, weight, eps, perm, split, low_bits):
     act_quant.check_segments(x.shape[1], split, low_bits)
     codes, scales, h = act_quant.rms_norm_quantize_ref(x, residual, weight, eps, perm, split, low_bits)
-    return _pad_codes(codes), scales, h.clone() if h is x else h
+    return _pad_codes(codes), scales, act_quant.code_sums_ref(codes, split), h.clone() if h is x else h
 
 
 def _rms_norm_fake(x, residual, weight, eps, perm, split, low_bits):
@@ -114,7 +118,7 @@ def _rms_norm_fake(x, residual, weight, eps, perm, split, low_bits):
 def _silu_mul_cpu(gate_up, perm, split, low_bits):
     act_quant.check_segments(gate_up.shape[1] // 2, split, low_bits)
     codes, scales = act_quant.silu_mul_quantize_ref(gate_up, perm, split, low_bits)
-    return _pad_codes(codes), scales
+    return _pad_codes(codes), scales, act_quant.code_sums_ref(codes, split)
 
 
 def _silu_mul_fake(gate_up, perm, split, low_bits):

@@ -13,12 +13,13 @@ so results don't depend on the order.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 
 from vllm_comet.checkpoint import BLOCK, num_blocks, unpack_int4
-from vllm_comet.kernels._triton import require_triton, tl, triton
+from vllm_comet.kernels._triton import Launcher, cdiv, require_triton, tl, triton
 from vllm_comet.kernels.act_quant import pdl_supported
 from vllm_comet.kernels.tiles import Tile
 
@@ -319,6 +320,17 @@ def split_k(tile: Tile, tiles: int, blocks: int) -> int:
     return -(-blocks // per_piece)
 
 
+@functools.cache
+def _launcher(tile: Tile, split: int, group_size: int, two: bool, bias: bool, device: torch.device) -> Launcher:
+    require_triton("the W4Ax GEMM")
+    pdl = pdl_supported(device)
+    return Launcher(
+        _w4ax_kernel, BM=tile.block_m, BN=tile.block_n, SPLIT=split, GROUP_N=tile.group_n,
+        GROUPS=0 if group_size == -1 else BLOCK // group_size, TWO=two, BIAS=bias,
+        ASM=device.type == "cuda" and torch.version.hip is None, PDL=pdl, num_warps=tile.warps,
+        num_stages=tile.stages, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}))
+
+
 def w4ax_gemm_triton(
     codes: torch.Tensor,
     act_scales: torch.Tensor,
@@ -327,23 +339,19 @@ def w4ax_gemm_triton(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     tile: Tile,
+    sums: torch.Tensor | None = None,  # of codes; not needed here
 ) -> torch.Tensor:
     """``w4ax_gemm_ref`` in plain Triton: codes int8 ``[M, Kpad]``, weight in layout ``triton`` → ``[M, N]``."""
-    require_triton("the W4Ax GEMM")
     m, blocks = codes.shape[0], weight.packed.shape[1]
     y = torch.empty(m, weight.n, dtype=out_dtype, device=codes.device)
     if m == 0:
         return y
-    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(weight.n, tile.block_n)
+    tiles = cdiv(m, tile.block_m) * cdiv(weight.n, tile.block_n)
     split = split_k(tile, tiles, blocks)
     cells = tiles * (split + 1) * tile.block_m * tile.block_n if split > 1 else 0
     partial = torch.empty(cells, dtype=torch.int32, device=codes.device)
-    pdl = pdl_supported(codes.device)
-    _w4ax_kernel[(tiles, split)](
-        codes, act_scales, weight.packed.view(torch.int8), weight.group_scale, weight_scale, bias, y, partial,
-        weight.counters, m, weight.n, weight.packed.shape[0] * TILE_ROWS, blocks * BLOCK, -(-weight.split // BLOCK),
-        BM=tile.block_m, BN=tile.block_n, SPLIT=split, GROUP_N=tile.group_n,
-        GROUPS=0 if weight.group_size == -1 else BLOCK // weight.group_size, TWO=weight.split < weight.k,
-        BIAS=bias is not None, ASM=codes.is_cuda and torch.version.hip is None, PDL=pdl, num_warps=tile.warps,
-        num_stages=tile.stages, enable_fp_fusion=False, **({"launch_pdl": True} if pdl else {}))  # fmt: skip
+    _launcher(tile, split, weight.group_size, weight.split < weight.k, bias is not None, codes.device)(
+        (tiles, split, 1), codes, act_scales, weight.packed.view(torch.int8), weight.group_scale, weight_scale, bias, y,
+        partial, weight.counters, m, weight.n, weight.packed.shape[0] * TILE_ROWS, blocks * BLOCK,
+        -(-weight.split // BLOCK))
     return y

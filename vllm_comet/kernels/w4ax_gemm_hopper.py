@@ -19,6 +19,8 @@ that kernel still runs; only then does the program wait for its activations.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,7 +29,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_comet.checkpoint import BLOCK
-from vllm_comet.kernels._triton import cdiv
+from vllm_comet.kernels._triton import Launcher, cdiv
 from vllm_comet.kernels.tiles import Tile
 from vllm_comet.kernels.w4ax_gemm import PAD_ROWS, TILE_ROWS, KernelWeight, split_k
 from vllm_comet.kernels.w4ax_gemm_hopper_output import (
@@ -108,8 +110,11 @@ def _row_scales(pairs, R: gl.constexpr, dot: gl.constexpr):
 
 
 @gluon.jit
-def unpack(words, scale, HIGH: gl.constexpr, GROUPS: gl.constexpr):
-    """Low or high nibbles of a register of 8 → four int8 weights g·(q−8); as ``w4ax_gemm._unpack``, same source."""
+def unpack(words, scale, HIGH: gl.constexpr, GROUPS: gl.constexpr, UNSIGNED: gl.constexpr = False):
+    """Low or high nibbles of a register of 8 → four int8 weights g·(q−8); as ``w4ax_gemm._unpack``, same source.
+
+    UNSIGNED: four uint8 weights g·(q−8) + 128 instead, an instruction less (only with groups).
+    """
     if GROUPS == 0:
         shift: gl.constexpr = "mov.b32 t, $1;" if HIGH else "shl.b32 t, $1, 4;"
         times16: gl.constexpr = "{ .reg .b32 t; " + shift + " and.b32 $0, t, 0xF0F0F0F0; }"
@@ -118,7 +123,8 @@ def unpack(words, scale, HIGH: gl.constexpr, GROUPS: gl.constexpr):
         s = gl.expand_dims(scale.to(gl.int32), len(scale.shape))
         offset = s * -134744072 - 2139062144  # 0x80808080 − s · 0x08080808
         nibble: gl.constexpr = "shr.u32 t, $1, 4; and.b32 t, t, 0x0F0F0F0F;" if HIGH else "and.b32 t, $1, 0x0F0F0F0F;"
-        scaled: gl.constexpr = "{ .reg .b32 t; " + nibble + " mad.lo.u32 t, t, $5, $9; xor.b32 $0, t, 0x80808080; }"
+        sign: gl.constexpr = "mov.b32 $0, t;" if UNSIGNED else "xor.b32 $0, t, 0x80808080;"
+        scaled: gl.constexpr = "{ .reg .b32 t; " + nibble + " mad.lo.u32 t, t, $5, $9; " + sign + " }"
         return gl.inline_asm_elementwise(scaled, "=r,r,r,r,r,r,r,r,r,r,r,r,r", [words, s, offset], dtype=gl.int8,
                                          is_pure=True, pack=4)
 
@@ -138,8 +144,9 @@ def _first_block(step, plan, DEPTH: gl.constexpr):
 
 @gluon.jit
 def _load_block(weights, tile_n, step, i: gl.constexpr, plan, pred,
-                R: gl.constexpr, DEPTH: gl.constexpr, GROUPS: gl.constexpr):  # fmt: skip
+                R: gl.constexpr, DEPTH: gl.constexpr, GROUPS: gl.constexpr, UNSIGNED: gl.constexpr):  # fmt: skip
     """Weight words and both halves' scale pairs of block ``i`` of a step; weights of zero if it has no such block."""
+    NO_PAIR: gl.constexpr = 0x1010 if UNSIGNED else 0  # 16 · (0 − 8) + 128 is 0
     w_ptr, g_ptr, words_at, pairs_at, n_pairs = weights
     _, low_blocks, blocks = plan
     block, is_low = _first_block(step, plan, DEPTH)
@@ -151,10 +158,10 @@ def _load_block(weights, tile_n, step, i: gl.constexpr, plan, pred,
     g_high = words
     if GROUPS > 0:
         g_ptr += (block * GROUPS).to(gl.int64) * n_pairs + tile_n * (32 * R)
-        g_low = gl.load(g_ptr + pairs_at, mask=pred, other=0)
+        g_low = gl.load(g_ptr + pairs_at, mask=pred, other=NO_PAIR)
         g_high = g_low
         if GROUPS > 1:
-            g_high = gl.load(g_ptr + n_pairs + pairs_at, mask=pred, other=0)
+            g_high = gl.load(g_ptr + n_pairs + pairs_at, mask=pred, other=NO_PAIR)
     return words, g_low, g_high
 
 
@@ -172,7 +179,7 @@ def _fetch_activations(pipe, turn, tile_m, step, plan, pred,
 @gluon.jit
 def _dot_steps(acc, pipe, weights, queue, tile_m, tile_n, first, begin, end, last, plan, R: gl.constexpr,
                BM: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr, AHEAD: gl.constexpr,
-               GROUPS: gl.constexpr, PARTS: gl.constexpr):  # fmt: skip
+               GROUPS: gl.constexpr, PARTS: gl.constexpr, UNSIGNED: gl.constexpr):  # fmt: skip
     """``acc`` int32 ``[64·R, BM]`` plus the integer sum over steps ``begin .. end`` of the program's ``first .. last``.
 
     queue: the first AHEAD blocks of step ``begin`` as ``_load_block`` gives them; those of ``end`` are returned beside
@@ -194,12 +201,12 @@ def _dot_steps(acc, pipe, weights, queue, tile_m, tile_n, first, begin, end, las
             x = x_blocks.index(slot * DEPTH + i).permute([1, 0])
             for part in gl.static_range(PARTS):
                 a = _fragment(words, part, R, PARTS, dot)
-                a = unpack(a, g_low if 2 * part < PARTS else g_high, 2 * part >= PARTS, GROUPS)
+                a = unpack(a, g_low if 2 * part < PARTS else g_high, 2 * part >= PARTS, GROUPS, UNSIGNED)
                 # early, as ptxas lets all loads in flight share a scoreboard: the next wait is for these
                 if part == (0 if AHEAD < DEPTH else PARTS - 1):
                     target = step + (i + AHEAD) // DEPTH
                     block = _load_block(weights, tile_n, target, (i + AHEAD) % DEPTH, plan, target < last, R, DEPTH,
-                                        GROUPS)
+                                        GROUPS, UNSIGNED)
                     queue = queue[: i % AHEAD] + (block,) + queue[i % AHEAD + 1 :]
                 acc = warpgroup_mma(a, x.slice(part * (128 // PARTS), 128 // PARTS, dim=0), acc, is_async=True)
                 if i == 0 and part == PARTS // 2:  # every warp is done with the step before, so its stage is free
@@ -222,11 +229,11 @@ def _tile_at(index, tiles_m, tiles_n, GROUP_N: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["M", "blocks_k", "low_blocks", "total_steps"])
-def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N, n_pairs,
-                 blocks_k, low_blocks, total_steps, R: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr,
+def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, sums_ptr, c_ptr, bias_ptr, y_ptr, partial_ptr, counter_ptr, M, N,
+                 n_pairs, blocks_k, low_blocks, total_steps, R: gl.constexpr, BM: gl.constexpr, SPLIT: gl.constexpr,
                  GROUP_N: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr, DEPTH: gl.constexpr,
-                 AHEAD: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr, TWO: gl.constexpr,
-                 BIAS: gl.constexpr):  # fmt: skip
+                 AHEAD: gl.constexpr, GROUPS: gl.constexpr, PARTS: gl.constexpr, UNSIGNED: gl.constexpr,
+                 TWO: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
     """Program (tile, slice of K); SPLIT says whether there is more than one slice."""
     BN: gl.constexpr = 64 * R
     mma: gl.constexpr = _mma_layout(BM, WARPS)
@@ -254,9 +261,9 @@ def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_p
     row = gl.arange(0, R, layout=gl.SliceLayout(1, pairs))
     pairs_at = row[:, None] * 32 + gl.arange(0, 32, layout=gl.SliceLayout(0, pairs))[None, :]
     weights = (w_ptr, g_ptr, words_at, pairs_at, n_pairs)
-    queue = (_load_block(weights, tile_n, first, 0, plan, True, R, DEPTH, GROUPS),)
+    queue = (_load_block(weights, tile_n, first, 0, plan, True, R, DEPTH, GROUPS, UNSIGNED),)
     for i in gl.static_range(1, AHEAD):
-        queue = queue + (_load_block(weights, tile_n, first, i, plan, True, R, DEPTH, GROUPS),)
+        queue = queue + (_load_block(weights, tile_n, first, i, plan, True, R, DEPTH, GROUPS, UNSIGNED),)
     gdc_launch_dependents()
     gdc_wait()
     for slot in gl.static_range(STAGES):
@@ -264,16 +271,16 @@ def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_p
 
     rn = tile_n * BN + gl.arange(0, BN, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     row_scale = stage(gl.load(c_ptr + rn, mask=rn < N, other=0.0))
-    tokens = stage_tokens(as_ptr, tile_m, M, BM, WARPS, TWO)
+    tokens = stage_tokens(as_ptr, sums_ptr, tile_m, M, BM, WARPS, TWO, UNSIGNED)
     zeros = gl.zeros([BN, BM], gl.int32, mma)
     acc, queue = _dot_steps(zeros, pipe, weights, queue, tile_m, tile_n, first, first, middle, last, plan, R, BM, WARPS,
-                            STAGES, DEPTH, AHEAD, GROUPS, PARTS)
+                            STAGES, DEPTH, AHEAD, GROUPS, PARTS, UNSIGNED)
     if not SPLIT:
         if TWO:
             acc = rescale_staged(acc, tokens)
             acc, queue = _dot_steps(acc, pipe, weights, queue, tile_m, tile_n, first, middle, last, last, plan, R, BM,
-                                    WARPS, STAGES, DEPTH, AHEAD, GROUPS, PARTS)
-        write_output(acc, ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_ptr, M, N, WARPS, BIAS)
+                                    WARPS, STAGES, DEPTH, AHEAD, GROUPS, PARTS, UNSIGNED)
+        write_output(acc, ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_ptr, M, N, WARPS, BIAS, UNSIGNED)
     else:
         # Slot i holds the low sum of slice i or the high sum of slice i − 1: only one slice can have both.
         total = flat(acc)
@@ -282,7 +289,7 @@ def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_p
         gl.store(slots + piece * (BN * BM) + cell, total, mask=(cell >= 0) & (middle > first))
         if TWO:
             acc, queue = _dot_steps(zeros, pipe, weights, queue, tile_m, tile_n, first, middle, last, last, plan, R, BM,
-                                    WARPS, STAGES, DEPTH, AHEAD, GROUPS, PARTS)
+                                    WARPS, STAGES, DEPTH, AHEAD, GROUPS, PARTS, UNSIGNED)
             gl.store(slots + (piece + 1) * (BN * BM) + cell, flat(acc), mask=(cell >= 0) & (last > middle))
         cta_barrier()
         arrived = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
@@ -293,11 +300,12 @@ def _w4ax_kernel(x_desc, w_ptr, g_ptr, as_ptr, c_ptr, bias_ptr, y_ptr, partial_p
                 total = flat(rescale_staged(unflat(total, BN, BM, mma), tokens))
                 total = add_slots(total, slots, cell, low_steps // per_piece + 1, pieces + 1, WARPS)
             write_output(unflat(total, BN, BM, mma), ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_ptr, M, N,
-                          WARPS, BIAS)
+                          WARPS, BIAS, UNSIGNED)
 
 
 # ------------------------------------------------------------------------------------------------------------- launcher
 SHARED_MEMORY = 232448  # bytes a program may use on Hopper
+UNSIGNED_PTX = (".s32.s8.s8", ".s32.u8.s8")  # wgmma's types: Triton has no unsigned ones
 X_LAYOUT = gl.NVMMASharedLayout(128, 8, rank=3)  # made once: a launch that makes its own takes a third longer
 
 
@@ -307,8 +315,11 @@ def count_steps(blocks: int, low_blocks: int, depth: int) -> int:
     return low_steps if low_blocks == blocks else low_steps + cdiv(blocks, depth) - low_blocks // depth
 
 
-def constants(tile: Tile, split: int, group_size: int, two: bool) -> dict[str, int | bool]:
-    """The kernel's compile-time parameters for ``tile``; raises ValueError for a tile it can't run."""
+def constants(tile: Tile, split: int, group_size: int, two: bool, sums: bool) -> dict[str, int | bool]:
+    """The kernel's compile-time parameters for ``tile``; raises ValueError for a tile it can't run.
+
+    split: slices of K. two: whether there is a high segment. sums: whether the sums of codes are at hand.
+    """
     r, groups = tile.block_n // TILE_ROWS, 0 if group_size == -1 else BLOCK // group_size
     ahead = tile.ahead or tile.depth
     if tile.block_n > PAD_ROWS or tile.block_n < 16 * tile.warps or tile.depth < 1 or tile.depth % ahead:
@@ -317,13 +328,20 @@ def constants(tile: Tile, split: int, group_size: int, two: bool) -> dict[str, i
     if 64 * tile.stages * tile.depth < tile.block_n:
         raise ValueError(f"{tile}: the output, {tile.block_n} rows of 16 bits, goes through the memory of "
                          f"{tile.stages} stages of {tile.depth} blocks of 128 bytes. Use more stages.")
-    used = tile.stages * (tile.depth * tile.block_m * BLOCK + 8) + 16 * tile.block_m + 4 * tile.block_n
+    used = tile.stages * (tile.depth * tile.block_m * BLOCK + 8) + 20 * tile.block_m + 4 * tile.block_n
     if used > SHARED_MEMORY:
         raise ValueError(f"{tile} needs {used} bytes of shared memory; Hopper has {SHARED_MEMORY}. Use fewer stages.")
     # Two groups a block have twice the scales to prepare; long products hide it better if issued in quarters.
     parts = 4 if groups > 1 and tile.block_m > 128 else 2
     return dict(R=r, BM=tile.block_m, SPLIT=split > 1, GROUP_N=tile.group_n, WARPS=tile.warps, STAGES=tile.stages,
-                DEPTH=tile.depth, AHEAD=ahead, GROUPS=groups, PARTS=parts, TWO=two)
+                DEPTH=tile.depth, AHEAD=ahead, GROUPS=groups, PARTS=parts, UNSIGNED=groups > 0 and sums, TWO=two)
+
+
+@functools.cache
+def _launcher(tile: Tile, split: int, group_size: int, two: bool, bias: bool, sums: bool) -> Launcher:
+    parameters = constants(tile, split, group_size, two, sums)
+    return Launcher(_w4ax_kernel, UNSIGNED_PTX if parameters["UNSIGNED"] else None, **parameters, BIAS=bias,
+                    num_warps=tile.warps, maxnreg=tile.registers or None, enable_fp_fusion=False, launch_pdl=True)
 
 
 def w4ax_gemm_hopper(
@@ -334,8 +352,12 @@ def w4ax_gemm_hopper(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     tile: Tile,
+    sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``w4ax_gemm_ref`` on Hopper: codes int8 ``[M, Kpad]``, weight in layout ``hopper`` → ``[M, N]``."""
+    """``w4ax_gemm_ref`` on Hopper: codes int8 ``[M, Kpad]``, weight in layout ``hopper`` → ``[M, N]``.
+
+    sums: int32 ``[M, 2]`` from ``act_quant.code_sums_ref``, for faster unpacking of weights with groups; or None.
+    """
     m, blocks, low_blocks = codes.shape[0], weight.packed.shape[1], cdiv(weight.split, BLOCK)
     y = torch.empty(m, weight.n, dtype=out_dtype, device=codes.device)
     if m == 0:
@@ -346,11 +368,12 @@ def w4ax_gemm_hopper(
     cells = tiles * (split + 1) * tile.block_m * tile.block_n if split > 1 else 0
     partial = torch.empty(cells, dtype=torch.int32, device=codes.device)
     scales = weight.group_scale
+    if scales is None:
+        sums = None
     x_desc = TensorDescriptor(codes, [blocks, m, BLOCK], [BLOCK, codes.stride(0), 1],
                               [tile.depth, tile.block_m, BLOCK], X_LAYOUT)
-    _w4ax_kernel[(tiles, split)](
-        x_desc, weight.packed, None if scales is None else scales.view(torch.int16), act_scales, weight_scale, bias, y,
-        partial, weight.counters, m, weight.n, weight.packed.shape[0] * (TILE_ROWS // 2), blocks, low_blocks, steps,
-        **constants(tile, split, weight.group_size, low_blocks < blocks), BIAS=bias is not None,
-        num_warps=tile.warps, maxnreg=tile.registers or None, enable_fp_fusion=False, launch_pdl=True)  # fmt: skip
+    _launcher(tile, split, weight.group_size, low_blocks < blocks, bias is not None, sums is not None)(
+        (tiles, split, 1), x_desc, weight.packed, None if scales is None else scales.view(torch.int16), act_scales,
+        sums, weight_scale, bias, y, partial, weight.counters, m, weight.n, weight.packed.shape[0] * (TILE_ROWS // 2),
+        blocks, low_blocks, steps)
     return y

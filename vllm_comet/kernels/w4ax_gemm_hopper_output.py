@@ -48,27 +48,39 @@ def stage(values):
 
 
 @gluon.jit
-def stage_tokens(as_ptr, tile_m, M, BM: gl.constexpr, WARPS: gl.constexpr, TWO: gl.constexpr):
-    """Of a token tile: the scale of its sums and, if there are two segments, the factors of ``rescale``."""
+def stage_tokens(as_ptr, sums_ptr, tile_m, M, BM: gl.constexpr, WARPS: gl.constexpr, TWO: gl.constexpr,
+                 UNSIGNED: gl.constexpr):  # fmt: skip
+    """Of a token tile: the scale of its sums, what is too much in them, and the factors of ``rescale``.
+
+    Weights that were multiplied as w + 128 leave 128 times the sum of a token's codes too much in each segment; that of
+    the low segment goes with the factors. int32 wraps around, so what overflows on the way comes back.
+    """
+    LAST: gl.constexpr = 1 if TWO else 0
     rm = tile_m * BM + gl.arange(0, BM, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
-    tokens = (stage(gl.load(as_ptr + rm * 2 + (1 if TWO else 0), mask=rm < M, other=0.0)),)
+    scale = stage(gl.load(as_ptr + rm * 2 + LAST, mask=rm < M, other=0.0))
+    excess = scale
+    if UNSIGNED:
+        excess = stage(gl.load(sums_ptr + rm * 2 + LAST, mask=rm < M, other=0) * 128)
+    factors = (scale, scale, scale)
     if TWO:
         times, half, right = rescale_factors(as_ptr, rm, M)
-        tokens = tokens + (stage(times), stage(half), stage(right))
-    return tokens
+        if UNSIGNED:
+            half -= gl.load(sums_ptr + rm * 2, mask=rm < M, other=0) * 128 * times
+        factors = (stage(times), stage(half), stage(right))
+    return scale, excess, factors
 
 
 @gluon.jit
 def rescale_staged(low, tokens):
     """``rescale`` of int32 sums ``[BN, BM]`` with what ``stage_tokens`` gave."""
-    _, times, half, right = tokens
+    times, half, right = tokens[2]
     at: gl.constexpr = gl.SliceLayout(0, low.type.layout)
     return rescale(low, (times.load(at), half.load(at), right.load(at)))
 
 
 @gluon.jit
 def write_output(acc, ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_ptr, M, N,
-                  WARPS: gl.constexpr, BIAS: gl.constexpr):  # fmt: skip
+                  WARPS: gl.constexpr, BIAS: gl.constexpr, UNSIGNED: gl.constexpr):  # fmt: skip
     """Sums int32 ``[BN, BM]`` → their tile of y ``[M, N]``: float32 times token scale, times row scale, plus bias.
 
     ring: shared memory that is free by now; tokens, row_scale: from ``stage_tokens`` and ``stage``.
@@ -76,7 +88,10 @@ def write_output(acc, ring, tile_m, tile_n, tokens, row_scale, bias_ptr, y_ptr, 
     BN: gl.constexpr = acc.shape[0]
     BM: gl.constexpr = acc.shape[1]
     rows: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    y = acc.to(gl.float32) * gl.expand_dims(tokens[0].load(gl.SliceLayout(0, acc.type.layout)), 0)
+    columns: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
+    if UNSIGNED:
+        acc -= gl.expand_dims(tokens[1].load(columns), 0)
+    y = acc.to(gl.float32) * gl.expand_dims(tokens[0].load(columns), 0)
     y *= gl.expand_dims(row_scale.load(rows), 1)
     if BIAS:
         rn = tile_n * BN + gl.arange(0, BN, layout=rows)

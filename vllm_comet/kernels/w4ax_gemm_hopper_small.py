@@ -14,6 +14,8 @@ kernel before, so with programmatic dependent launch they are fetched while that
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,7 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from vllm_comet.checkpoint import BLOCK
-from vllm_comet.kernels._triton import cdiv
+from vllm_comet.kernels._triton import Launcher, cdiv
 from vllm_comet.kernels.tiles import Tile
 from vllm_comet.kernels.w4ax_gemm import KernelWeight
 from vllm_comet.kernels.w4ax_gemm_hopper import SHARED_MEMORY, X_LAYOUT, cta_barrier, tma_load, unpack
@@ -233,6 +235,12 @@ def descriptors(
                                             [ways, groups, tile.block_n], G_LAYOUT)
 
 
+@functools.cache
+def _launcher(tile: Tile, blocks: int, group_size: int, two: bool, bias: bool) -> Launcher:
+    return Launcher(_w4ax_small_kernel, **constants(tile, blocks, group_size, two), BIAS=bias, num_warps=tile.warps,
+                    enable_fp_fusion=False, launch_pdl=True)
+
+
 def w4ax_gemm_hopper_small(
     codes: torch.Tensor,
     act_scales: torch.Tensor,
@@ -241,15 +249,16 @@ def w4ax_gemm_hopper_small(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     tile: Tile,
+    sums: torch.Tensor | None = None,  # of codes; not needed here
 ) -> torch.Tensor:
     """``w4ax_gemm_ref`` on Hopper, few tokens: codes int8 ``[M, Kpad]``, weight in layout ``hopper`` → ``[M, N]``."""
     m, blocks = codes.shape[0], weight.packed.shape[1]
     y = torch.empty(m, weight.n, dtype=out_dtype, device=codes.device)
     if m == 0:
         return y
-    parameters = constants(tile, blocks, weight.group_size, weight.split < weight.k)
-    _w4ax_small_kernel[(cdiv(weight.n, tile.block_n), cdiv(m, tile.block_m))](
-        *descriptors(codes, weight, tile, parameters["WAYS"]), act_scales, weight_scale, bias, y, m, weight.n, blocks,
-        -(-weight.split // BLOCK), **parameters, BIAS=bias is not None, num_warps=tile.warps, enable_fp_fusion=False,
-        launch_pdl=True)  # fmt: skip
+    launch = _launcher(tile, blocks, weight.group_size, weight.split < weight.k, bias is not None)
+    launch(
+        (cdiv(weight.n, tile.block_n), cdiv(m, tile.block_m), 1),
+        *descriptors(codes, weight, tile, launch.parameters["WAYS"]), act_scales, weight_scale, bias, y, m, weight.n,
+        blocks, cdiv(weight.split, BLOCK))
     return y

@@ -68,8 +68,8 @@ def _fuse_norm(graph: fx.Graph, quantize: fx.Node) -> bool:
         fused = graph.call_function(torch.ops.vllm_comet.rms_norm_quantize.default,
                                     (x, residual, weight, eps, *quantize.args[1:]))
     fused.meta["val"] = (*quantize.meta["val"], norm.meta["val"][1])
-    _replace_items(graph, quantize, fused, {0: 0, 1: 1})
-    _replace_items(graph, norm, fused, {1: 2})
+    _replace_items(graph, quantize, fused, {0: 0, 1: 1, 2: 2})
+    _replace_items(graph, norm, fused, {1: 3})
     return True
 
 
@@ -87,7 +87,7 @@ def _fuse_silu(graph: fx.Graph, quantize: fx.Node) -> bool:
     with graph.inserting_before(quantize):
         fused = graph.call_function(torch.ops.vllm_comet.silu_mul_quantize.default, (gate_up, *quantize.args[1:]))
     fused.meta["val"] = quantize.meta["val"]
-    _replace_items(graph, quantize, fused, {0: 0, 1: 1})
+    _replace_items(graph, quantize, fused, {0: 0, 1: 1, 2: 2})
     return True
 
 
