@@ -10,7 +10,7 @@ from kernel_testing import DEVICE, GPU, HOPPER, needs_gpu, needs_hopper, needs_k
 from vllm_comet import checkpoint as ck
 from vllm_comet.kernels import ops
 from vllm_comet.kernels.act_quant import code_sums_ref, padded_k, quantize_activation_ref
-from vllm_comet.kernels.tiles import Tile, choose_tile
+from vllm_comet.kernels.tiles import Entry, Tile, choose_tile, existing_entries, save_table
 from vllm_comet.kernels.w4ax_gemm import pack_weight, padded_rows, unpack_tiles, w4ax_gemm_ref, w4ax_gemm_triton
 
 
@@ -235,6 +235,13 @@ def test_overlapping_launches():
     for _ in range(12):
         expected = w4ax_gemm_ref(*quantize_activation_ref(expected, None, 3584, 8), integers, scale, 3584)
     assert torch.equal(y, expected) and torch.isfinite(y).all() and y.any()
+
+
+def test_tile_table_keeps_other_entries(tmp_path):
+    entries = [Entry(4096, 4096, m, Tile(64, 64, 1, 4, 3, ahead=m)) for m in (16, 64)]
+    save_table(tmp_path / "gpu.json", "a GPU", "hopper", entries)
+    assert list(existing_entries(tmp_path / "gpu.json", "hopper").values()) == entries
+    assert existing_entries(tmp_path / "gpu.json", "triton") == {} == existing_entries(tmp_path / "none.json", "hopper")
 
 
 def test_tile_choice():

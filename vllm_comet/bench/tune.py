@@ -2,7 +2,7 @@
 """``comet-bench tune``: measure candidate GEMM tiles on this GPU and write its tile table.
 
 Every candidate is first run and compared with the exact result, in parallel processes that also fill Triton's compile
-cache; then those that are right are timed one after the other.
+cache; then those that are right are timed one after the other. Entries of other products in the table stay.
 """
 
 from __future__ import annotations
@@ -176,15 +176,15 @@ def main(argv: list[str]) -> int:
         return _check_worker(args)
     name = torch.cuda.get_device_name(device)
     out = args.out or tile_tables.TABLES / f"{tile_tables.table_name(name)}.json"
-    entries, log = [], []
+    entries, log = tile_tables.existing_entries(out, args.layout), []
     for (n, k, m), right in sorted(checked_jobs(argv, args.processes).items()):
         weight = problems.random_weight(n, k, args.group_size, problems.low_channels(k), args.layout)
         problem = problems.make_problem(n, k, m, weight)
         copies = problems.weight_copies(weight, timing.l2_copies(n * k // 2) if m <= problems.GRAPH_MAX_M else 1)
         measured = sorted(((time_us(problem, tile, copies), tile) for tile in right), key=lambda pair: pair[0])
         best, tile = measured[0]
-        entries.append(Entry(n, k, m, tile))
-        tile_tables.save_table(out, name, args.layout, entries)
+        entries[n, k, m] = Entry(n, k, m, tile)
+        tile_tables.save_table(out, name, args.layout, [entries[key] for key in sorted(entries)])
         log += [{"n": n, "k": k, "m": m, "us": us, "tile": t.to_dict()} for us, t in measured]
         others = ", ".join(f"{us:.2f}" for us, _ in measured[1:4])
         print(f"{n}x{k} M={m}: {best:.2f} us {tile}, next {others}", flush=True)

@@ -69,6 +69,13 @@ def load_table(path: Path) -> tuple[Entry, ...]:
     return tuple(Entry(e["n"], e["k"], e["m"], Tile(**e["tile"])) for e in entries)
 
 
+def existing_entries(path: Path, layout: str) -> dict[tuple[int, int, int], Entry]:
+    """Entries of the table at ``path`` by (n, k, m); none if there is no such table or it is for another layout."""
+    if not path.exists() or json.loads(path.read_text())["layout"] != layout:
+        return {}
+    return {(entry.n, entry.k, entry.m): entry for entry in load_table(path)}
+
+
 def save_table(path: Path, gpu: str, layout: str, entries: list[Entry]) -> None:
     lines = [json.dumps({"n": e.n, "k": e.k, "m": e.m, "tile": e.tile.to_dict()}) for e in entries]
     head = f'{{"gpu": {json.dumps(gpu)}, "layout": {json.dumps(layout)}, "entries": [\n'
