@@ -25,7 +25,7 @@ TINY = 1e-20
 """A segment whose largest magnitude is below this counts as zero."""
 MIN_SHIFT, MAX_SHIFT = -4, 15
 """Bounds of log2(high scale / low scale). Shifted by 4 bits, a sum of 4-bit codes over MAX_K channels fits 31 bits."""
-SUMS_FROM = 257
+SUMS_FROM = 65
 """Rows from which the kernels also give the sums of each row's codes, for GEMMs that take weights as unsigned."""
 K_ALIGN = 128
 """Kernels pad the rows of codes with zeros to a multiple of this, the K block of the GEMM."""
