@@ -2,6 +2,7 @@
 """The format: packing, config schema, and a verification that names what is wrong."""
 
 import json
+import zlib
 
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from vllm_comet import checkpoint as ck
+from vllm_comet import checksum
 
 shapes = st.tuples(st.integers(1, 9), st.integers(1, 40).map(lambda n: 8 * n))
 
@@ -110,8 +112,21 @@ def test_verify_names_the_wrong_tensor(checkpoint, tensor, edit, message):
         ck.verify_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize("piece,read", [(1 << 26, 1 << 20), (1000, 1 << 20), (1000, 77), (1 << 26, 1000)])
+def test_crc32_of_ranges(tmp_path, monkeypatch, piece, read):
+    monkeypatch.setattr(checksum, "PIECE", piece)
+    monkeypatch.setattr(checksum, "READ", read)
+    data = torch.randint(0, 256, (5003,), dtype=torch.uint8).numpy().tobytes()
+    (tmp_path / "data").write_bytes(data)
+    bounds = [(0, 5003), (0, 0), (17, 18), (1, 1001), (3, 4500), (5000, 5003), (2000, 4000)]
+    found = checksum.range_crc32s([checksum.Range(tmp_path / "data", *b) for b in bounds])
+    assert found == [zlib.crc32(data[start:end]) for start, end in bounds]
+    with pytest.raises(EOFError, match="data became shorter"):
+        checksum.range_crc32s([checksum.Range(tmp_path / "data", 0, 5004)])
+
+
 def test_verify_reads_a_tensor_in_pieces(checkpoint, monkeypatch):
-    monkeypatch.setattr(ck, "CHECK_CHUNK", 1000)
+    monkeypatch.setattr(checksum, "PIECE", 1000)
     ck.verify_checkpoint(checkpoint)
     path = checkpoint / "model.safetensors"
     data = bytearray(path.read_bytes())

@@ -31,12 +31,13 @@ from __future__ import annotations
 import json
 import struct
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from vllm_comet.checksum import Range, range_crc32s
 
 QUANT_METHOD = "comet"
 FORMAT_VERSION = 1
@@ -239,7 +240,6 @@ class _Entry:
     crc32: str | None
 
 
-CHECK_CHUNK = 1 << 20
 _FILE_DTYPES = {torch.int32: "I32", torch.uint8: "U8", torch.float32: "F32"}
 
 
@@ -287,10 +287,8 @@ def verify_checkpoint(directory: Path | str, contents: bool = True) -> Checkpoin
             raise CheckpointError(f"{name} has no {layer}.{WEIGHT_PACKED} beside it.")
     for layer in layers:
         _check_layer(layer, entries, fmt)
-    if contents:  # the largest first: an embedding alone takes as long as many layers
-        by_size = sorted(entries.items(), key=lambda item: item[1].start - item[1].end)
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda item: _check_contents(*item), by_size))
+    if contents:
+        _check_contents(entries)
     num_bytes = sum(e.end - e.start for e in entries.values())
     bf16_bytes = num_bytes
     channels = high = 0
@@ -392,24 +390,15 @@ def _check_layer(layer: str, entries: dict[str, _Entry], fmt: CometFormat) -> No
         raise CheckpointError(f"{layer}.weight stands beside {layer}.{WEIGHT_PACKED}: a layer is quantised or not.")
 
 
-def _file_crc32(entry: _Entry) -> int:
-    """CRC-32 of a tensor in its file, read through one small buffer: a fresh one per tensor costs as much again."""
-    buffer = memoryview(bytearray(min(CHECK_CHUNK, entry.end - entry.start)))
-    crc, left = 0, entry.end - entry.start
-    with entry.file.open("rb", buffering=0) as handle:
-        handle.seek(entry.start)
-        while left:
-            count = handle.readinto(buffer[: min(left, len(buffer))])
-            if not count:
-                raise CheckpointError(f"{entry.file} became shorter while it was read. Copy it again.")
-            crc, left = zlib.crc32(buffer[:count], crc), left - count
-    return crc
-
-
-def _check_contents(name: str, entry: _Entry) -> None:
-    if entry.crc32 is None:
-        raise CheckpointError(f"{entry.file} carries no checksum for {name}: it was not written by this format.")
-    found = f"{_file_crc32(entry):08x}"
-    if found != entry.crc32:
-        raise CheckpointError(f"{name} in {entry.file} is damaged: CRC-32 {found}, expected {entry.crc32}. Copy the "
-                              "file again.")
+def _check_contents(entries: dict[str, _Entry]) -> None:
+    for name, entry in entries.items():
+        if entry.crc32 is None:
+            raise CheckpointError(f"{entry.file} carries no checksum for {name}: it was not written by this format.")
+    try:
+        found = range_crc32s([Range(entry.file, entry.start, entry.end) for entry in entries.values()])
+    except EOFError as error:
+        raise CheckpointError(f"{error} Copy it again.") from None
+    for (name, entry), crc in zip(entries.items(), found, strict=True):
+        if f"{crc:08x}" != entry.crc32:
+            raise CheckpointError(f"{name} in {entry.file} is damaged: CRC-32 {crc:08x}, expected {entry.crc32}. Copy "
+                                  "the file again.")
