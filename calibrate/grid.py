@@ -26,6 +26,13 @@ class Grid:
     group: torch.Tensor | None
     group_size: int
 
+    @classmethod
+    def cat(cls, parts: list[Grid]) -> Grid:
+        """The grid of all their rows."""
+        groups = [part.group for part in parts if part.group is not None]
+        row = torch.cat([part.row for part in parts])
+        return cls(row, torch.cat(groups) if groups else None, parts[0].group_size)
+
     def steps(self, k: int) -> torch.Tensor:
         """c·g for every weight: float32 ``[N, K]``."""
         if self.group is None:

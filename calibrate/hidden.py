@@ -26,6 +26,12 @@ def avoid_fragmentation() -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
+def release_cached_memory(device: torch.device) -> None:
+    """Return what PyTorch keeps of freed GPU memory, which pieces of another size could not use."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def default_device_budget(device: torch.device) -> int:
     """Bytes of GPU memory a calibration may take by default: 24 GiB, or most of a smaller GPU's."""
     if device.type == "cpu":

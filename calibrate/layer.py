@@ -23,8 +23,8 @@ from calibrate.gptq import (
     output_errors,
     refit_rows,
 )
-from calibrate.grid import QuantizedLinear, search_grid
-from calibrate.hidden import Streams
+from calibrate.grid import Grid, QuantizedLinear, search_grid
+from calibrate.hidden import Streams, release_cached_memory
 from calibrate.kv_smooth import smooth_k
 from calibrate.models import DOWN, GATE_UP, LINEAR_INPUTS, OUT, QKV, LinearInput, rotates_whole_head
 from calibrate.stats import InputStats
@@ -34,6 +34,10 @@ _ROWS = 512
 """Tokens on which the activation error of a linear is measured."""
 _SAMPLES, _LENGTH = 2, 256
 """Beginnings of samples on which the activation error of a whole layer is measured."""
+
+
+_ROUNDED_BYTES = 1 << 28
+"""Of a float32 weight that is rounded at once, as that takes ten times as much; its rows don't depend on each other."""
 
 
 class LayerCalibrator:
@@ -102,6 +106,7 @@ class _LayerJob:
         for x in inputs:
             stats.add(*x)
         del x  # a chunk is large
+        release_cached_memory(self.owner.builder.device)  # of activations: what comes has other sizes
         slices = self._slices(linear_input)
         perm = outlier_last(stats.peak, slices)
         hessian, cross, drift = stats.take(perm)
@@ -118,18 +123,22 @@ class _LayerJob:
             if not math.isfinite(power):
                 raise CalibrationError(f"the weights of model.layers.{self.index}.{member} are too large: what they "
                                        "give exceeds float32 on the calibration text; check the model's weights.")
-            quantized = self._quantize_weight(weight, hessian, compensation, perm)
+            quantized = quantize_weight(weight, hessian, compensation, self.owner.comet.group_size)
+            quantized.perm = perm
             self.done[member] = quantized
             stored = quantized.dequantize()
             errors[member] = hessian_error(stored - weight, hessian) / max(power, 1e-30)
             self.layer.linear(member).weight[:, perm] = stored
             weights.append(stored)
+        del compensation, hessian, targets
         rows, readers = stats.rows[:, perm], torch.cat(weights)
         self.report[linear_input.name] = {
             "weight_error": errors,
             "mixed_error": error_curve(rows, readers, slices, low_bits=4),
             "int8_error": error_curve(rows, readers, slices, low_bits=8),
         }
+        del weight, weights, stored, readers
+        release_cached_memory(self.owner.builder.device)
 
     def measure_output_errors(self, hidden: torch.Tensor) -> None:
         """Report what INT4 activations cost the layer, for every number of INT8 blocks in each of its inputs.
@@ -172,14 +181,6 @@ class _LayerJob:
     def _slices(self, linear_input: LinearInput) -> int:
         return self.owner.comet.tensor_parallel if linear_input.row_parallel else 1
 
-    def _quantize_weight(
-        self, weight: torch.Tensor, hessian: torch.Tensor, compensation: Compensation, perm: torch.Tensor
-    ) -> QuantizedLinear:
-        grid = search_grid(weight, compensation.importance, self.owner.comet.group_size)
-        codes = gptq(weight, compensation, grid)
-        grid = refit_rows(weight, hessian, grid, codes)
-        return QuantizedLinear(descend(weight, hessian, grid, codes, SWEEPS), codes, perm)
-
     def stored_tensors(self) -> dict[str, torch.Tensor]:
         """Everything of the layer that goes on disk; the order of down_proj's input is folded into gate and up."""
         down = self.done[DOWN.members[0]]
@@ -195,6 +196,19 @@ class _LayerJob:
             if name.removesuffix(".weight") not in self.done:
                 tensors[name] = parameter.detach().cpu().to(torch.bfloat16)
         return tensors
+
+
+def quantize_weight(
+    weight: torch.Tensor, hessian: torch.Tensor, compensation: Compensation, group_size: int
+) -> QuantizedLinear:
+    """``weight`` ``[N, K]`` on a grid of its own, some rows at a time."""
+    grids, codes = [], []
+    for rows in weight.split(max(1, _ROUNDED_BYTES // (4 * weight.shape[1]))):
+        grid = search_grid(rows, compensation.importance, group_size)
+        codes.append(gptq(rows, compensation, grid))
+        grid = refit_rows(rows, hessian, grid, codes[-1])
+        grids.append(descend(rows, hessian, grid, codes[-1], SWEEPS))
+    return QuantizedLinear(Grid.cat(grids), torch.cat(codes))
 
 
 def _round_trip(x: torch.Tensor, perm: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:

@@ -60,13 +60,17 @@ def host_peak_bytes() -> int:
 
 
 def measure(
-    name: str, layers: int, samples: int, length: int, host_memory: int, folder: str, limit: float
-) -> dict[str, Any]:
+    name: str, layers: int, samples: int, length: int, host_memory: int, gpu_memory: float | None, folder: str,
+    limit: float,
+) -> dict[str, Any]:  # fmt: skip
     """One row; no layer begins when ``limit`` seconds have passed."""
     begin = time.perf_counter()
     avoid_fragmentation()
     config = LlamaConfig(**_COMMON, **MODELS[name], architectures=["LlamaForCausalLM"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if gpu_memory is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(gpu_memory * 2**30 / total)
     dims, options = Dims.of(config), Options()
     comet = CometFormat(options.group_size, kv_cache=kv_format(options, dims),
                         tensor_parallel=choose_tensor_parallel(dims, None))
@@ -105,6 +109,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--host-memory", type=float, help="GiB of hidden states kept in memory (default: half of it)")
+    parser.add_argument("--gpu-memory", type=float, help="GiB of GPU memory it may take, as on a card of that size")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no layer of a model after so long")
     parser.add_argument("--folder", help="where working files go (default: the system's folder for such)")
     parser.add_argument("--commit", help="what was measured, where there is no git to ask")
@@ -117,12 +122,13 @@ def main() -> None:
         pool.submit(time.time)  # imports while the first model runs
     for model, pool in zip(args.models, pools, strict=True):
         name, _, layers = model.partition(":")
-        rows.append(pool.submit(measure, name, int(layers), args.samples, args.length, budget, args.folder,
-                                args.seconds).result())
+        rows.append(pool.submit(measure, name, int(layers), args.samples, args.length, budget, args.gpu_memory,
+                                args.folder, args.seconds).result())
         pool.shutdown()
         print(rows[-1], flush=True)
+        options = ("samples", "length", "host_memory", "gpu_memory", "seconds")
         given = [f"--{key.replace('_', '-')} {value}" for key, value in vars(args).items()
-                 if key in ("samples", "length", "host_memory", "seconds") and value != parser.get_default(key)]
+                 if key in options and value != parser.get_default(key)]
         env = environment() | {"command": " ".join(["python examples/scale.py", *args.models, *given,
                                                     f"--out {args.out.name}"])}
         write_results(args.out, rows, env | ({"commit": args.commit} if args.commit else {}))

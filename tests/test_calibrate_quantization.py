@@ -19,6 +19,7 @@ from calibrate.fmpq import (
 )
 from calibrate.gptq import Compensation, corrected_targets, descend, gptq, hessian_error, output_errors, refit_rows
 from calibrate.grid import QuantizedLinear, dequantize, round_to_grid, search_grid
+from calibrate.layer import quantize_weight
 from vllm_comet import checkpoint as fmt
 
 N, K, TOKENS = 48, 200, 800
@@ -94,6 +95,18 @@ def test_stored_tensors_follow_the_format_and_dequantise_to_the_weight(problem, 
     expected = torch.empty_like(weight)
     expected[:, perm] = stored(weight, linear.codes, grid)
     torch.testing.assert_close(dequantize(tensors, group_size), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("group_size", [128, -1])
+def test_rows_quantise_alone_as_together(problem, group_size, monkeypatch):
+    weight, _, hessian = problem
+    compensation = Compensation.of(hessian, 0.01, "layer")
+    whole = quantize_weight(weight, hessian, compensation, group_size)
+    monkeypatch.setattr("calibrate.layer._ROUNDED_BYTES", 4 * weight.shape[1] * 7)
+    parts = quantize_weight(weight, hessian, compensation, group_size)
+    assert len(weight) % 7 and parts.codes.shape == whole.codes.shape
+    assert (parts.codes != whole.codes).float().mean() < 0.01  # sums of other lengths round otherwise
+    torch.testing.assert_close(parts.grid.row, whole.grid.row, rtol=1e-3, atol=0)
 
 
 def test_channels_that_are_always_zero_are_harmless(problem):
