@@ -64,8 +64,8 @@ FORMS: dict[int, list[tuple[int, ...]]] = {
           (256, 128, 8, 3, 2, 0, 1), (256, 128, 8, 3, 2, 0, 0)],
     512: [(128, 128, 4, 3, 2, 0, 1), (128, 128, 4, 3, 2, 0, 0), (128, 128, 8, 3, 4, 0, 0), (128, 128, 8, 2, 2, 128, 1),
           (256, 128, 8, 3, 2, 0, 1), (256, 128, 8, 3, 1, 0, 0)],
-    1024: [(128, 128, 4, 2, 2, 0, 1), (128, 128, 8, 2, 2, 128, 1), (256, 128, 8, 3, 2, 0, 1),
-           (256, 128, 8, 3, 2, 0, 0)],
+    1024: [(128, 128, 4, 2, 2, 0, 1), (128, 128, 8, 2, 2, 128, 1), (128, 128, 8, 3, 2, 128, 1),
+           (128, 128, 8, 6, 1, 128, 0), (256, 128, 8, 3, 2, 0, 1), (256, 128, 8, 3, 2, 0, 0)],
 }  # fmt: skip
 """Tiles of Hopper's general kernel by the M up to which they are tried: block_m, block_n, warps, stages, depth,
 registers and ahead. With fewer registers, and less shared memory in stages, more of them share a multiprocessor."""
