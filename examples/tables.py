@@ -37,6 +37,7 @@ def accuracy() -> Iterator[str]:
         yield ""
         yield from table(["mode", *(f"first {n} windows" for n in counts)],
                          [[row["mode"], *(f"{row['ppl'][n]:.2f}" for n in counts)] for row in found["rows"]])
+        yield ""
 
 
 def ablation_rows(path: Path) -> dict[str, dict[str, Any]]:
@@ -62,6 +63,7 @@ def ablation() -> Iterator[str]:
             [name, *(f"{row['ppl'][mode]:.2f}" if mode in row["ppl"] else "" for mode in modes),
              *([_percent(row, DEFAULT_MODE)] if tasks else [])]
             for name, row in rows.items() if name != "bf16" and not name.startswith(SHARE)])
+        yield ""
 
 
 def shares() -> Iterator[str]:
@@ -76,6 +78,7 @@ def shares() -> Iterator[str]:
         yield from table(["INT8 share", f"perplexity, {MIXED_MODE}", f"over {DEFAULT_MODE}"], [
             [f"{row['int8_share']:.1%}", f"{row['ppl'][MIXED_MODE]:.2f}", f"{row['ppl'][MIXED_MODE] / base:.2f}"]
             for name, row in rows.items() if name.startswith(SHARE)])
+        yield ""
 
 
 def yardstick() -> Iterator[str]:
@@ -94,6 +97,7 @@ def yardstick() -> Iterator[str]:
         yield ""
         header = ["WikiText-2 perplexity", *(f"first {n} windows" for n in counts), "mean of nine tasks"]
         yield from table(header, lines)
+        yield ""
 
 
 def _ours(path: Path, counts: list[str]) -> list[list[str]]:
@@ -134,6 +138,7 @@ def gemm() -> Iterator[str]:
         for model in dict.fromkeys(row["model"] for row in found["rows"]):
             yield from ["", f"{model}:", ""]
             yield from gemm_speeds([row for row in found["rows"] if row["model"] == model])
+        yield ""
 
 
 def gemm_speeds(rows: list[dict[str, Any]]) -> list[str]:
@@ -165,6 +170,7 @@ def attention() -> Iterator[str]:
             [f"{batch}, {context:,}", f"{time[batch, context, 'comet-int4']:.1f}",
              *(f"{time[batch, context, mode] / time[batch, context, 'comet-int4']:.2f}"
                for mode in ("fa3-bf16", "fa3-fp8", "vllm-int4"))] for batch, context in cells])
+        yield ""
 
 
 def serve() -> Iterator[str]:
@@ -219,6 +225,7 @@ def scale() -> Iterator[str]:
              f"{mean(row['layer_seconds'][1:] or row['layer_seconds']):.1f}",
              f"{row['projected_minutes']:.0f} min{'' if row['layers'] == row['of_layers'] else ' (projected)'}",
              f"{row['gpu_peak_gib']:.1f} GiB", f"{row['host_peak_gib']:.1f} GiB"] for row in found["rows"]])
+        yield ""
 
 
 def write_readme() -> None:
