@@ -115,6 +115,8 @@ def main() -> None:
     parser.add_argument("--commit", help="what was measured, where there is no git to ask")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.gpu_memory is not None and not torch.cuda.is_available():
+        parser.error("--gpu-memory needs a CUDA GPU, and there is none; leave it out")
     budget = default_host_budget() if args.host_memory is None else int(args.host_memory * 2**30)
     rows = []
     pools = [ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) for _ in args.models]  # a peak each

@@ -180,7 +180,7 @@ def serve() -> Iterator[str]:
                f"{source(path, found)}")
         for model in dict.fromkeys(row["model"] for row in found["rows"]):
             rows = [row for row in found["rows"] if row["model"] == model and "error" not in row]
-            base = next(mode for mode in BASELINES if any(row["mode"] == mode for row in rows))
+            base = next((mode for mode in BASELINES if any(row["mode"] == mode for row in rows)), BASELINES[0])
             yield from ["", f"{model}: tokens/s, prompts included, and the ratio to {base}.", ""]
             yield from throughput([row for row in rows if "@" not in row["workload"]], found["engines"], model, base)
             replayed = [row for row in rows if "@" in row["workload"]]

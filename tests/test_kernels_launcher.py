@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launcher compiles once for each kind of arguments that Triton would compile for, and launches that."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -61,6 +63,14 @@ def test_kinds(launcher):
 def test_wrong_number_of_arguments(launcher):
     with pytest.raises(ValueError):
         launcher((1, 1, 1), torch.zeros(1), torch.zeros(1))
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
+def test_rewriting_needs_ptx(monkeypatch):
+    launcher = Launcher(_scale_kernel, ("mul", "add"), N=64, BIAS=False)
+    monkeypatch.setattr(_scale_kernel, "warmup", lambda *args, **options: SimpleNamespace(asm={"cubin": b""}))
+    with pytest.raises(RuntimeError, match="_scale_kernel needs its PTX.*unset TRITON_STORE_BINARY_ONLY"):
+        launcher._compile((1, 1, 1), ())
 
 
 @needs_gpu

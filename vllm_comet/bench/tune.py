@@ -20,7 +20,7 @@ import torch
 from vllm_comet.bench import problems, timing
 from vllm_comet.kernels import ops
 from vllm_comet.kernels import tiles as tile_tables
-from vllm_comet.kernels.act_quant import SUMS_FROM
+from vllm_comet.kernels.act_quant import written_sums
 from vllm_comet.kernels.tiles import Entry, Tile
 from vllm_comet.kernels.w4ax_gemm import hopper_kernel_supported
 
@@ -98,7 +98,7 @@ def _triton_candidates(n: int, k: int, m: int) -> list[Tile]:
 def run(problem: problems.Problem, tile: Tile, weight: problems.KernelWeight | None = None) -> torch.Tensor:
     weight = weight or problem.weight
     kernel = ops.gemm_kernel(weight.layout, tile)
-    sums = problem.sums if problem.x.shape[0] >= SUMS_FROM else None
+    sums = written_sums(problem.sums)
     return kernel(problem.codes, problem.act_scales, weight, problem.weight_scale, None, torch.bfloat16, tile, sums)
 
 

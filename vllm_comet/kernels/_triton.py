@@ -88,6 +88,9 @@ class Launcher:
         compiled = self.kernel.warmup(*args, grid=grid, **self.parameters)
         if self.rewrite is None:
             return compiled
+        if "ptx" not in compiled.asm:
+            raise RuntimeError(f"{self.kernel.__name__} needs its PTX, which Triton's cache lacks: unset "
+                               "TRITON_STORE_BINARY_ONLY and clear the cache.")
         path = rewrite_ptx(compiled.asm["ptx"], *self.rewrite)
         return self.kernel.warmup(*args, grid=grid, **self.parameters, ir_override=path)
 

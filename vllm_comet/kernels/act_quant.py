@@ -256,6 +256,11 @@ def new_outputs(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, to
             torch.empty(m, 2, dtype=torch.float32, device=device), torch.empty(m, 2, dtype=torch.int32, device=device))
 
 
+def written_sums(sums: torch.Tensor) -> torch.Tensor | None:
+    """``sums`` ``[M, 2]`` of a kernel, or None if M is too small for it to have written them."""
+    return sums if sums.shape[0] >= SUMS_FROM else None
+
+
 @functools.cache
 def pdl_supported(device: torch.device) -> bool:
     """Programmatic dependent launch (Hopper and later): a kernel's prologue overlaps the end of the one before it."""
@@ -298,8 +303,8 @@ def rms_norm_quantize_triton(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, perm: torch.Tensor | None,
     split: int, low_bits: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``rms_norm_quantize_ref`` as one kernel → codes ``[M, Kpad]``, scales, sums, h (without a residual a copy of x).
-    """
+    """``rms_norm_quantize_ref`` as one kernel → codes, scales, sums as in ``quantize_activation_triton``, and h
+    ``[M, K]``, without a residual a copy of x."""
     x, k = _rows(x), x.shape[1]
     if k > MAX_NORM_K:
         raise ValueError(f"K = {k} channels; rms_norm_quantize handles up to {MAX_NORM_K}. Norm and quantise apart.")
@@ -317,7 +322,7 @@ def rms_norm_quantize_triton(
 def silu_mul_quantize_triton(
     gate_up: torch.Tensor, perm: torch.Tensor | None, split: int, low_bits: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``silu_mul_quantize_ref`` as one kernel → codes ``[M, Kpad]``, scales, sums."""
+    """``silu_mul_quantize_ref`` as one kernel → codes, scales, sums as in ``quantize_activation_triton``."""
     gate_up, k = _rows(gate_up), gate_up.shape[1] // 2
     m = gate_up.shape[0]
     launch = _launcher(_silu_mul_kernel, k, split, low_bits, perm is not None, m >= SUMS_FROM, gate_up.device)

@@ -13,6 +13,9 @@ unpacked.
 Between the two activation segments the accumulator is shifted into units of the second. Where they meet inside a step,
 that step is done once for each, with the other's weights as zero.
 
+Given the sums of each token's codes, weights with groups are multiplied as w + 128, unsigned: what LiquidGEMM's
+multiply-add (Hu et al. 2025) yields before its XOR. 128 times the sum of the codes is taken off again, exactly.
+
 Weights don't depend on the kernel before, so with programmatic dependent launch the first of them are fetched while
 that kernel still runs; only then does the program wait for its activations.
 """
