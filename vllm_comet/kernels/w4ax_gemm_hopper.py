@@ -14,7 +14,7 @@ Between the two activation segments the accumulator is shifted into units of the
 that step is done once for each, with the other's weights as zero.
 
 Given the sums of each token's codes, weights with groups are multiplied as w + 128, unsigned: what LiquidGEMM's
-multiply-add (Hu et al. 2025) yields before its XOR. 128 times the sum of the codes is taken off again, exactly.
+multiply-add (arXiv 2509.01229) yields before its XOR. 128 times the sum of the codes is taken off again, exactly.
 
 Weights don't depend on the kernel before, so with programmatic dependent launch the first of them are fetched while
 that kernel still runs; only then does the program wait for its activations.
