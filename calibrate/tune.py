@@ -34,7 +34,7 @@ from calibrate.models import Dims, family_of
 from calibrate.simulate import load_comet, read_tensors
 from calibrate.stats import products_of_bf16
 from vllm_comet import checkpoint as fmt
-from vllm_comet.kernels.act_quant import QMAX, TINY, align_scales
+from vllm_comet.kernels.act_quant import QMAX, TINY, align_scales, step_of
 
 _HEAD_TOKENS = 1024
 """Tokens whose logits are in memory at once."""
@@ -100,11 +100,12 @@ class TunableLinear(torch.nn.Module):
     def _round_trip(self, x: torch.Tensor) -> torch.Tensor:
         """What ``quantize_activation_ref`` keeps of ``x`` ``[..., K]``."""
         rows = x.flatten(0, -2)
-        low = torch.where(self.low, rows, 0).abs().amax(-1) * (1.0 / QMAX[self.low_bits])
-        high = torch.where(self.low, 0, rows).abs().amax(-1) * (1.0 / QMAX[8])
+        low = torch.where(self.low, rows, 0).abs().amax(-1) * step_of(self.low_bits)
+        high = torch.where(self.low, 0, rows).abs().amax(-1) * step_of(8)
         scales = align_scales(low, high, self.low_bits).clamp_min(TINY)
         scale = torch.where(self.low, scales[:, :1], scales[:, 1:])
-        return rows.div(scale).round_().mul_(scale).view_as(x)
+        largest = torch.where(self.low, QMAX[self.low_bits], QMAX[8])
+        return rows.div(scale).round_().clamp_(-largest, largest).mul_(scale).view_as(x)
 
     @torch.no_grad()
     def stored(self) -> dict[str, torch.Tensor]:

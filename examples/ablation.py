@@ -49,7 +49,7 @@ SHARES = (0.0, 0.08, 0.16, 0.25, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class Variant:
-    """options: of the calibrator. patches: what is replaced in it, by dotted name. share: INT8 share given to a
+    """options: of the calibrator. patches: what is replaced in it and in the measured model, by dotted name. share: INT8 share given to a
     finished checkpoint; tune: settings of :class:`TuneOptions` for one. modes: that are measured."""
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -103,6 +103,7 @@ VARIANTS: dict[str, Variant] = {
     "K smoothing as if no channel were exact": Variant(patches={"calibrate.kv_smooth._exact": lambda *_: 0.0}),
     "K smoothing in 600 steps": Variant(patches={"calibrate.kv_smooth._STEPS": 600}),
     "INT8 blocks by each linear's own error": Variant(patches={"calibrate.pipeline.BUDGET_ERROR": "mixed_error"}),
+    "INT4 activations not clipped": Variant(patches={"vllm_comet.kernels.act_quant.CLIP": 1.0}),
     "weight groups of 128": Variant({"group_size": 128}),
     "KV groups of 64": Variant({"kv_group_size": 64}),
     "--rotate heads": Variant({"rotation": "heads"}),
@@ -134,10 +135,7 @@ def make(source: ModelSource, variant: Variant, args: argparse.Namespace, out: P
     if args.start is not None and not variant.options and not variant.patches:
         shutil.copytree(args.start, out)
     else:
-        with contextlib.ExitStack() as stack:
-            for name, replacement in variant.patches.items():
-                stack.enter_context(patch(name, replacement))
-            calibrate(source, out, Options(**{"data": args.data, "length": args.length, **variant.options}))
+        calibrate(source, out, Options(**{"data": args.data, "length": args.length, **variant.options}))
     if variant.share is not None:
         give_share(out, Dims.of(source.config()), variant.share)
     if variant.tune is not None:
@@ -154,9 +152,11 @@ def run(name: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
     evaluate = Evaluator(source, args.text, args.windows, args.tasks)
     row: dict[str, Any] = {"variant": name, "windows": len(evaluate.windows), "ppl": {}, "valid_ppl": {}}
     choose = Evaluator(source, args.valid, args.valid_windows, None) if args.valid else None
-    with tempfile.TemporaryDirectory(prefix="comet-ablation-") as folder:
+    variant = VARIANTS.get(name)
+    with tempfile.TemporaryDirectory(prefix="comet-ablation-") as folder, contextlib.ExitStack() as stack:
+        for target, replacement in (variant.patches if variant is not None else {}).items():
+            stack.enter_context(patch(target, replacement))
         checkpoint = Path(folder) / "checkpoint"
-        variant = VARIANTS.get(name)
         if variant is not None:
             make(source, variant, args, checkpoint)
             row["int8_share"] = round(fmt.verify_checkpoint(checkpoint).int8_share, 4)

@@ -83,8 +83,19 @@ def test_activation_codes(bits):
     assert codes[:, :128].abs().max() <= QMAX[bits] and codes[:, 128:].abs().max() <= 127
     restored = torch.cat([codes[:, :128] * scales[:, :1], codes[:, 128:] * scales[:, 1:]], 1)
     step = torch.cat([scales[:, :1].expand(-1, 128), scales[:, 1:].expand(-1, 172)], 1)
-    assert bool(((restored - x).abs() <= 0.5001 * step + 1e-30).all())
+    largest = step * torch.tensor([QMAX[bits]] * 128 + [127] * 172)
+    clipped = x.abs() > 1.0001 * largest
+    assert bool(((restored - x).abs() <= 0.5001 * step + 1e-30)[~clipped].all())
+    assert torch.equal(restored[clipped], largest[clipped] * x[clipped].sign())
+    assert int(clipped[:, 128:].sum()) == 0 and bool(clipped.any()) == (bits == 4)
     assert not bool(codes[3].any()) and not bool(scales[3].any())
+
+
+def test_four_bits_saturate_at_three_quarters_of_the_largest_magnitude():
+    x = torch.tensor([[8.0, -8.0, 7.0, 6.0, -3.0, 0.4, 0.5, 0.0]])
+    codes, scales = quantize_activation_ref(x, None, 8, 4)
+    assert torch.allclose(scales, torch.tensor(0.75 * 8 / 7))
+    assert codes.tolist() == [[7, -7, 7, 7, -4, 0, 1, 0]]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -21,6 +21,9 @@ from vllm_comet.kernels._triton import Launcher, require_triton, tl, triton
 
 QMAX = {4: 7, 8: 127}
 """Largest code of a symmetric segment of 4 or 8 bits (−8 and −128 are not used)."""
+CLIP = 0.75
+"""Part of a 4-bit segment's largest magnitude that its largest code stands for; what is larger saturates. Eight bits
+are not clipped."""
 TINY = 1e-20
 """A segment whose largest magnitude is below this counts as zero."""
 MIN_SHIFT, MAX_SHIFT = -4, 15
@@ -42,26 +45,32 @@ def quantize_activation_ref(
     perm: int32/int64 ``[K]`` or None; position j of the result holds channel ``perm[j]``.
     split: end of the low segment, 0..K. low_bits: 4 or 8, the precision of the low segment; the other has 8.
 
-    Per row and segment, in float32: ``code = rint(x / scale)`` (ties to even), where ``scale`` starts as
-    ``max|x| · float32(1 / qmax)``, or 0 below ``TINY``; ``align_scales`` then makes the ratio of a row's two scales a
-    power of two. An empty segment has the other's scale.
+    Per row and segment, in float32: ``code = rint(x / scale)`` (ties to even), at most qmax in magnitude, where
+    ``scale`` starts as ``max|x| · float32(step_of(bits))``, or 0 below ``TINY``; ``align_scales`` then makes the ratio
+    of a row's two scales a power of two. An empty segment has the other's scale.
     """
     x = x.to(torch.float32)
     if perm is not None:
         x = x.index_select(1, perm.to(torch.int64))
     parts = x.split((split, x.shape[1] - split), dim=1)
-    scales = align_scales(*(_scale_ref(part, QMAX[bits]) for part, bits in zip(parts, (low_bits, 8), strict=True)),
-                          low_bits)
+    bits = (low_bits, 8)
+    scales = align_scales(*(_scale_ref(part, step_of(b)) for part, b in zip(parts, bits, strict=True)), low_bits)
     inverse = torch.where(scales > 0, scales.reciprocal(), 0.0)
-    codes = torch.cat([torch.round(part * inverse[:, i : i + 1]) for i, part in enumerate(parts)], dim=1)
-    return codes.to(torch.int8), scales
+    codes = [torch.round(part * inverse[:, i : i + 1]).clamp(-QMAX[bits[i]], QMAX[bits[i]])
+             for i, part in enumerate(parts)]
+    return torch.cat(codes, dim=1).to(torch.int8), scales
 
 
-def _scale_ref(part: torch.Tensor, qmax: int) -> torch.Tensor:
+def step_of(bits: int) -> float:
+    """Scale of a segment of ``bits`` bits whose largest magnitude is 1, before ``align_scales``."""
+    return (CLIP if bits == 4 else 1.0) / QMAX[bits]
+
+
+def _scale_ref(part: torch.Tensor, step: float) -> torch.Tensor:
     if not part.shape[1]:
         return part.new_zeros(part.shape[0])
     amax = part.abs().amax(dim=1)
-    return torch.where(amax < TINY, 0.0, amax * (1.0 / qmax))
+    return torch.where(amax < TINY, 0.0, amax * step)
 
 
 def align_scales(low: torch.Tensor, high: torch.Tensor, low_bits: int) -> torch.Tensor:
@@ -119,9 +128,9 @@ def _wait_for_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
-def _segment_scale(v, inside, QMAX_: tl.constexpr):
+def _segment_scale(v, inside, STEP: tl.constexpr):
     amax = tl.max(tl.where(inside, tl.abs(v), 0.0), axis=0)
-    return tl.where(amax < 1e-20, 0.0, amax * (1.0 / QMAX_))
+    return tl.where(amax < 1e-20, 0.0, amax * STEP)
 
 
 @triton.jit
@@ -141,17 +150,20 @@ def _align_scales(low, high, LOW_QMAX: tl.constexpr):
 
 @triton.jit
 def _store_codes(v, col, row, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split,
-                 LOW_QMAX: tl.constexpr, TWO: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
+                 LOW_QMAX: tl.constexpr, LOW_STEP: tl.constexpr, TWO: tl.constexpr, SUMS: tl.constexpr):  # fmt: skip
     """Quantise the float32 row ``v`` (zero from K on) and write its codes, both scales and, if wanted, both sums."""
     in_low = col < split
-    low = _segment_scale(v, in_low, LOW_QMAX)
+    low = _segment_scale(v, in_low, LOW_STEP)
     high = low
     if TWO:
-        low, high = _align_scales(low, _segment_scale(v, col >= split, 127), LOW_QMAX)
+        low, high = _align_scales(low, _segment_scale(v, col >= split, 1.0 / 127), LOW_QMAX)
     scale = tl.where(in_low, low, high) if TWO else low
     inverse = tl.where(scale > 0, tl.div_rn(1.0, tl.maximum(scale, 1e-30)), 0.0)
     magic: tl.constexpr = 12582912.0  # 1.5 · 2**23: adding it leaves no fraction bits, so the sum is rounded to even
     codes = ((v * inverse + magic) - magic).to(tl.int32)
+    if LOW_QMAX < 127:  # clipped
+        clipped = tl.minimum(tl.maximum(codes, -LOW_QMAX), LOW_QMAX)
+        codes = tl.where(in_low, clipped, codes) if TWO else clipped
     tl.store(codes_ptr + row * k_pad + col, codes.to(tl.int8), mask=col < k_pad)
     tl.store(scales_ptr + row * 2, low)
     tl.store(scales_ptr + row * 2 + 1, high)
@@ -180,8 +192,8 @@ def _permute(v, channel, inside, HAS_PERM: tl.constexpr):
 @triton.jit
 def _quantize_kernel(
     x_ptr, perm_ptr, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split, stride_x,
-    BLOCK: tl.constexpr, HAS_PERM: tl.constexpr, LOW_QMAX: tl.constexpr, TWO: tl.constexpr,
-    SUMS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_PERM: tl.constexpr, LOW_QMAX: tl.constexpr, LOW_STEP: tl.constexpr,
+    TWO: tl.constexpr, SUMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
@@ -192,14 +204,14 @@ def _quantize_kernel(
     else:
         v = tl.load(x_ptr + row * stride_x + col, mask=col < K, other=0.0).to(tl.float32)
         v = _permute(v, channel, col < K, HAS_PERM)
-    _store_codes(v, col, row, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split, LOW_QMAX, TWO, SUMS)
+    _store_codes(v, col, row, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split, LOW_QMAX, LOW_STEP, TWO, SUMS)
 
 
 @triton.jit
 def _rms_norm_kernel(
     x_ptr, residual_ptr, h_ptr, weight_ptr, perm_ptr, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split,
     stride_x, stride_r, eps, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_PERM: tl.constexpr,
-    LOW_QMAX: tl.constexpr, TWO: tl.constexpr, SUMS: tl.constexpr, PDL: tl.constexpr,
+    LOW_QMAX: tl.constexpr, LOW_STEP: tl.constexpr, TWO: tl.constexpr, SUMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
@@ -215,14 +227,14 @@ def _rms_norm_kernel(
         h = rounded.to(tl.float32)
     v = h * tl.rsqrt(tl.sum(h * h, axis=0) / K + eps) * weight
     v = _permute(v, channel, inside, HAS_PERM)
-    _store_codes(v, col, row, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split, LOW_QMAX, TWO, SUMS)
+    _store_codes(v, col, row, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split, LOW_QMAX, LOW_STEP, TWO, SUMS)
 
 
 @triton.jit
 def _silu_mul_kernel(
     x_ptr, perm_ptr, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split, stride_x,
-    BLOCK: tl.constexpr, HAS_PERM: tl.constexpr, LOW_QMAX: tl.constexpr, TWO: tl.constexpr,
-    SUMS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_PERM: tl.constexpr, LOW_QMAX: tl.constexpr, LOW_STEP: tl.constexpr,
+    TWO: tl.constexpr, SUMS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
@@ -231,7 +243,7 @@ def _silu_mul_kernel(
     gate = tl.load(x_ptr + row * stride_x + channel, mask=col < K, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * stride_x + K + channel, mask=col < K, other=0.0).to(tl.float32)
     v = gate * tl.sigmoid(gate) * up
-    _store_codes(v, col, row, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split, LOW_QMAX, TWO, SUMS)
+    _store_codes(v, col, row, codes_ptr, scales_ptr, sums_ptr, K, k_pad, split, LOW_QMAX, LOW_STEP, TWO, SUMS)
 
 
 # ------------------------------------------------------------------------------------------------------------ launchers
@@ -275,8 +287,8 @@ def _launcher(
     check_segments(k, split, low_bits)
     block = max(triton.next_power_of_2(padded_k(k)), 128)
     pdl = pdl_supported(device)
-    return Launcher(kernel, BLOCK=block, HAS_PERM=has_perm, LOW_QMAX=QMAX[low_bits], TWO=split < k, SUMS=sums,
-                    PDL=pdl, num_warps=min(32, max(4, block // 1024)), enable_fp_fusion=False, **parameters,
+    return Launcher(kernel, BLOCK=block, HAS_PERM=has_perm, LOW_QMAX=QMAX[low_bits],
+                    LOW_STEP=step_of(low_bits), TWO=split < k, SUMS=sums, PDL=pdl, num_warps=min(32, max(4, block // 1024)), enable_fp_fusion=False, **parameters,
                     **({"launch_pdl": True} if pdl else {}))
 
 
