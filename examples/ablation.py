@@ -49,8 +49,9 @@ SHARES = (0.0, 0.08, 0.16, 0.25, 0.5, 1.0)
 
 @dataclass(frozen=True)
 class Variant:
-    """options: of the calibrator. patches: what is replaced in it and in the measured model, by dotted name. share: INT8 share given to a
-    finished checkpoint; tune: settings of :class:`TuneOptions` for one. modes: that are measured."""
+    """options: of the calibrator. patches: what is replaced in it and in the measured model, by dotted name. share:
+    INT8 share given to a finished checkpoint; tune: settings of :class:`TuneOptions` for one. modes: that are measured.
+    """
 
     options: dict[str, Any] = field(default_factory=dict)
     patches: dict[str, Any] = field(default_factory=dict)

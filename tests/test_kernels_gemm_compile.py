@@ -49,7 +49,8 @@ def test_activation_quantisation(capability):
     shared = {"perm_ptr": "*i32", "codes_ptr": "*i8", "scales_ptr": "*fp32", "sums_ptr": "*i32", "x_ptr": "*bf16",
               **dict.fromkeys(("K", "k_pad", "split", "stride_x", "stride_r"), "i32")}  # fmt: skip
     norm = {"residual_ptr": "*bf16", "h_ptr": "*bf16", "weight_ptr": "*bf16", "eps": "fp32"}
-    constants = {"BLOCK": 4096, "HAS_PERM": True, "LOW_QMAX": 127, "LOW_STEP": 1 / 127, "TWO": True, "SUMS": True, "PDL": capability == 90}
+    constants = {"BLOCK": 4096, "HAS_PERM": True, "LOW_QMAX": 127, "LOW_STEP": 1 / 127, "TWO": True, "SUMS": True,
+                 "PDL": capability == 90}  # fmt: skip
     for kernel in (act_quant._quantize_kernel, act_quant._silu_mul_kernel):
         assert build(kernel, shared, constants, capability, 4).asm["cubin"]
     constants["HAS_RESIDUAL"] = True

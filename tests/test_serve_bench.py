@@ -11,8 +11,9 @@ import pytest
 import tiny
 
 from vllm_comet import checkpoint as ck
-from vllm_comet.bench import load, serve, serve_modes, serve_report, serve_worker
+from vllm_comet.bench import load, serve, serve_modes, serve_profile, serve_report, serve_worker
 from vllm_comet.bench.serve_modes import MODELS, MODES
+from vllm_comet.bench.serve_profile import Kernel
 
 
 def row(mode, speed, workload="1x128-128", **extra):
@@ -172,3 +173,26 @@ def test_a_run_measures_marks_and_survives_its_modes(tmp_path):
     for measured in (fixed, replay):
         assert 0 < measured["ttft_ms"]["p50"] <= measured["ttft_ms"]["p99"] and measured["itl_ms"]["p50"] > 0
     assert str(tmp_path) not in found["command"]
+
+
+# ---------------------------------------- profiles of decoding steps
+def test_time_of_a_step_is_shared_out_without_counting_an_overlap_twice():
+    kernels = [Kernel("_w4ax_kernel", 0, 10), Kernel("_rms_norm_kernel", 8, 14), Kernel("nvjet_tst_128", 20, 25),
+               Kernel("void cutlass::device_kernel<flash::enable_sm90>", 25, 27), Kernel("argmax", 27, 28)] * 2
+    kernels = [Kernel(k.name, k.start + 30 * (i // 5), k.end + 30 * (i // 5)) for i, k in enumerate(kernels)]
+    found = serve_profile.summarize(kernels, steps=2)
+    assert found["step_us"] == 29.0 and found["kernels"] == 5 and found["steps"] == 2
+    assert found["parts_us"] == {"w4ax": 10, "norms": 4, "products": 5, "attention": 2, "rest": 1, "idle": 7}
+    assert sum(found["parts_us"].values()) == found["step_us"]
+    assert serve_profile.longest(kernels, 2, 1) == [{"name": "_w4ax_kernel", "us": 10.0, "launches": 1.0}]
+    with pytest.raises(ValueError, match="0 kernels in 2 steps"):
+        serve_profile.summarize([], 2)
+
+
+@pytest.mark.parametrize("name, part", [
+    ("_decode_kernel", "attention"), ("_store_kernel", "attention"), ("triton_poi_fused_add_0", "norms"),
+    ("vllm::dynamic_per_token_scaled_fp8_quant_kernel", "norms"), ("machete::kernel", "products"),
+    ("cutlass::device_kernel<GemmUniversal>", "products"), ("Memcpy HtoD", "rest"), ("_quantize_kernel", "norms"),
+])  # fmt: skip
+def test_kernels_by_name(name, part):
+    assert serve_profile.part_of(name) == part

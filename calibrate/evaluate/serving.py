@@ -42,7 +42,7 @@ class VllmEngine:
         if given.get("load_format") == "dummy":
             from vllm_comet.bench import serve_engine  # random bits for every format alike
 
-            given["worker_extension_cls"] = f"{serve_engine.__name__}.LoadReport"
+            given["worker_extension_cls"] = f"{serve_engine.__name__}.WorkerExtension"
         args = AsyncEngineArgs(**given)
         self.runner = asyncio.Runner()  # one event loop as long as the engine lives
         self.engine = AsyncLLM.from_engine_args(args)

@@ -11,6 +11,9 @@ and measures them one after another while the others idle. Each then gets just t
 and ``kv_tokens`` follows from what it reserved beside that (``kv_tokens_by``: ``vllm`` or ``memory``). ``--workloads``
 without a name only starts the engines and counts.
 
+``--profile BATCH ...`` records the GPU's kernels while so many requests decode, after the workloads: ``profiles`` says
+where a step's time goes, see :mod:`vllm_comet.bench.serve_profile`.
+
 ``ttft_ms`` is from arrival to the first token; ``itl_ms`` is the time between tokens: of every token where requests
 arrive one by one (``azure-conv@RATE``), the mean of each request where all are there at the start.
 """
@@ -37,6 +40,7 @@ from vllm_comet.bench.serve_modes import (
     MODELS,
     MODES,
     Mode,
+    Profile,
     Workload,
     engine_options,
     fixed_workload,
@@ -72,7 +76,7 @@ class Server:
         except (EOFError, OSError):
             return {"error": "the process died"}
 
-    def measure(self, workload: Workload) -> dict[str, Any]:
+    def measure(self, workload: Workload | Profile) -> dict[str, Any]:
         try:
             self.connection.send(workload)
         except OSError:
@@ -158,6 +162,7 @@ class Bench:
                 raise ValueError(f"--gpu-memory-gib {asked} is more than the GPU's {total / GIB:.1f}")
             return {"gpu_memory_utilization": asked * GIB / total}
         needed = [w.tokens if w.offline else REPLAY_KV_TOKENS for w in self.workloads]
+        needed += [Profile(batch).workload().tokens for batch in self.args.profile]
         tokens = max([self.args.max_model_len, *needed])
         # vLLM wants the utilisation's share of the GPU to be free at the start, also where it plans without it.
         return {"kv_cache_memory_bytes": kv_bytes(mode, self.config, tokens), "gpu_memory_utilization": 0.01}
@@ -201,6 +206,11 @@ class Bench:
             self.results.add_row({"model": self.model, "workload": workload.name, "mode": server.name} | row)
             if "error" in row:
                 return
+        for batch in self.args.profile:
+            found = server.measure(Profile(batch))
+            self.results.add_profile({"model": self.model, "mode": server.name, "batch": batch} | found)
+            if "error" in found:
+                return
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -215,6 +225,8 @@ def _parser() -> argparse.ArgumentParser:
                         "GeneratedTokens")
     parser.add_argument("--rates", type=float, nargs="*", default=[2, 4, 8, 16], help="mean requests a second")
     parser.add_argument("--replay-seconds", type=float, default=30)
+    parser.add_argument("--profile", type=int, nargs="*", default=[], metavar="BATCH", help="record decoding steps of "
+                        "so many requests")
     parser.add_argument("--parallel", type=int, default=1, help="engines that start together (default %(default)s)")
     parser.add_argument("--gpu-memory-gib", type=float, default=72, help="of an engine that starts alone")
     parser.add_argument("--start-seconds", type=float, default=540, help="a mode that takes longer to start has failed "

@@ -162,6 +162,16 @@ class Workload:
         return sum(r.prompt + r.output for r in self.requests)
 
 
+class Profile(NamedTuple):
+    """Decoding steps of ``batch`` requests, to be recorded."""
+
+    batch: int
+
+    def workload(self) -> Workload:
+        """Short prompts, and outputs that don't end before the recording."""
+        return fixed_workload(f"{self.batch}x128-1024")
+
+
 FIXED = ("1x128-128", "64x128-128", "16x4096-1", "128x1024-128", "32x7000-128", "64x1024-512")
 
 

@@ -2,7 +2,8 @@
 """Results of ``comet-bench serve``: the file, merging of several runs, the table and the plot.
 
 ``engines`` has one object per (model, mode): how it started, what it holds, which log lines prove its kernels. ``rows``
-has one per (model, workload, mode), with ``kv_tokens`` repeated from the mode's engine.
+has one per (model, workload, mode), with ``kv_tokens`` repeated from the mode's engine, ``profiles`` one per (model, mode,
+batch size) that was recorded.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Results:
         self.path = path or Path("examples/results") / f"serve-{table_name(self.environment['device'])}.json"
         self._engines: dict[Key, dict[str, Any]] = {}
         self._rows: dict[Key, dict[str, Any]] = {}
+        self._profiles: dict[tuple[str, str, int], dict[str, Any]] = {}
         for earlier in merge:
             self._add_file(json.loads(earlier.read_text()), earlier)
 
@@ -41,6 +43,8 @@ class Results:
             self.add_engine(engine)
         for row in found["rows"]:
             self.add_row(row)
+        for profile in found.get("profiles", []):
+            self.add_profile(profile)
 
     @property
     def engines(self) -> list[dict[str, Any]]:
@@ -68,8 +72,13 @@ class Results:
         self._rows[row["model"], row["workload"], row["mode"]] = row
         self._write()
 
+    def add_profile(self, profile: dict[str, Any]) -> None:
+        self._profiles[profile["model"], profile["mode"], profile["batch"]] = profile
+        self._write()
+
     def _write(self) -> None:
-        timing.write_results(self.path, self.rows, self.environment | {"engines": self.engines})
+        found = {"engines": self.engines, "profiles": list(self._profiles.values())}
+        timing.write_results(self.path, self.rows, self.environment | found)
 
 
 def speedups(rows: list[dict[str, Any]], model: str, baseline: str = BASELINE) -> dict[str, dict[str, float]]:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processes of ``comet-bench serve``: one per mode, which owns a vLLM engine and measures workloads on request.
 
-Conversation over a pipe: the worker reports how it started, then answers every :class:`Workload` with a row until it
-receives None. Its stdout and stderr, vLLM's log, go to a file that the parent searches for the kernels in use.
+Conversation over a pipe: the worker reports how it started, then answers every :class:`Workload` with a row, and every
+:class:`Profile` with where its time goes, until it receives None. Its stdout and stderr, vLLM's log, go to a file that
+the parent searches for the kernels in use.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from vllm_comet.bench.serve_modes import Request, Workload, prompts
+from vllm_comet.bench.serve_modes import Profile, Request, Workload, prompts
 
 SHORT_TOKENS = 20_000
 """A workload of at most so many tokens is measured REPEATS times, and its median run reported."""
 REPEATS = 3
 WARMUP_OUTPUT = 4
+PROFILE_AFTER, PROFILE_SECONDS = 1.2, 0.25
+"""When to begin recording decoding steps, after the prompts, and for how long."""
 
 
 def main(connection: Connection, options: dict[str, Any], log: Path) -> None:
@@ -44,13 +47,16 @@ async def _serve(connection: Connection, options: dict[str, Any], started: float
 
     from vllm_comet.bench import serve_engine  # before vLLM forks; a spawned process imports it by its name
 
-    extension = f"{serve_engine.__name__}.LoadReport"
+    extension = f"{serve_engine.__name__}.WorkerExtension"
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**options, worker_extension_cls=extension))
     start_s = time.perf_counter() - started
     (report, *_) = await engine.collective_rpc("comet_bench_report")
     vocabulary = engine.model_config.get_vocab_size()
     connection.send({"start_s": round(start_s, 1), **report})
     while (workload := await asyncio.to_thread(connection.recv)) is not None:
+        if isinstance(workload, Profile):
+            connection.send(await profile(engine, workload, vocabulary))
+            continue
         row = await measure(engine, workload, vocabulary)
         (report, *_) = await engine.collective_rpc("comet_bench_report")
         connection.send(row | {"gpu_mem_gib": round(report["reserved_bytes"] / 2**30, 2)})
@@ -110,6 +116,27 @@ async def _generate(
         return result | {"ttft": arrivals[1] - arrivals[0], "gaps": gaps}
     gaps = [(stats.last_token_ts - stats.first_token_ts) / (count - 1)] if count > 1 else []
     return result | {"ttft": stats.first_token_latency, "gaps": gaps}
+
+
+async def profile(engine: Any, wanted: Profile, vocabulary: int) -> dict[str, Any]:
+    """Where the time of decoding steps goes while ``wanted.batch`` requests run, from the second of two recordings: the
+    first is slow to begin."""
+    workload = wanted.workload()
+    tokens = prompts(workload, vocabulary, "profile")
+    started = time.perf_counter()
+    requests = [asyncio.create_task(_generate(engine, f"profile-{wanted.batch}-{i}", prompt, request, started, False))
+                for i, (prompt, request) in enumerate(zip(tokens, workload.requests, strict=True))]
+    await asyncio.sleep(PROFILE_AFTER)
+    for _ in range(2):
+        await engine.collective_rpc("comet_bench_profile_start")
+        await asyncio.sleep(PROFILE_SECONDS)
+        (found, *_) = await engine.collective_rpc("comet_bench_profile_stop")
+    if any(request.done() for request in requests):
+        raise RuntimeError(f"requests of {workload.name} had ended before the recording did")
+    for request in requests:
+        request.cancel()
+    await asyncio.gather(*requests, return_exceptions=True)
+    return {"batch": wanted.batch, **found}
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:

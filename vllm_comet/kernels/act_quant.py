@@ -287,9 +287,9 @@ def _launcher(
     check_segments(k, split, low_bits)
     block = max(triton.next_power_of_2(padded_k(k)), 128)
     pdl = pdl_supported(device)
-    return Launcher(kernel, BLOCK=block, HAS_PERM=has_perm, LOW_QMAX=QMAX[low_bits],
-                    LOW_STEP=step_of(low_bits), TWO=split < k, SUMS=sums, PDL=pdl, num_warps=min(32, max(4, block // 1024)), enable_fp_fusion=False, **parameters,
-                    **({"launch_pdl": True} if pdl else {}))
+    return Launcher(kernel, BLOCK=block, HAS_PERM=has_perm, LOW_QMAX=QMAX[low_bits], LOW_STEP=step_of(low_bits),
+                    TWO=split < k, SUMS=sums, PDL=pdl, num_warps=min(32, max(4, block // 1024)),
+                    enable_fp_fusion=False, **parameters, **({"launch_pdl": True} if pdl else {}))
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
