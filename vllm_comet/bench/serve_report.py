@@ -2,8 +2,8 @@
 """Results of ``comet-bench serve``: the file, merging of several runs, the table and the plot.
 
 ``engines`` has one object per (model, mode): how it started, what it holds, which log lines prove its kernels. ``rows``
-has one per (model, workload, mode), with ``kv_tokens`` repeated from the mode's engine, ``profiles`` one per (model, mode,
-batch size) that was recorded.
+has one per (model, workload, mode), with ``kv_tokens`` repeated from the mode's engine. ``profiles`` has one per model,
+mode and batch size that was recorded.
 """
 
 from __future__ import annotations
