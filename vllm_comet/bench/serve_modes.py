@@ -169,7 +169,7 @@ class Profile(NamedTuple):
 
     def workload(self) -> Workload:
         """Short prompts, and outputs that don't end before the recording."""
-        return fixed_workload(f"{self.batch}x128-1024")
+        return fixed_workload(f"{self.batch}x128-768")
 
 
 FIXED = ("1x128-128", "64x128-128", "16x4096-1", "128x1024-128", "32x7000-128", "64x1024-512")
