@@ -129,12 +129,13 @@ HOPPER_TILES = [
     Tile(32, 64, 5, 4, 4, depth=2), Tile(64, 64, 2, 4, 3, depth=4, registers=168), Tile(64, 128, 3, 4, 3, depth=4),
     Tile(64, 128, 1, 8, 4, depth=2, registers=128), Tile(128, 64, 4, 4, 3, depth=2), Tile(128, 128, 1, 8, 3, depth=4),
     Tile(128, 128, 1, 4, 3), Tile(256, 128, 1, 8, 3), Tile(128, 128, 2, 4, 3), Tile(64, 64, 3, 4, 3, depth=4, ahead=2),
-    Tile(128, 128, 1, 4, 2, depth=2, ahead=1), Tile(256, 128, 2, 8, 3, depth=2, ahead=1),
+    Tile(128, 128, 1, 4, 2, depth=2, ahead=1), Tile(256, 128, 2, 8, 3, depth=2, ahead=1), Tile(128, 128, 1, 4, 6),
+    Tile(128, 128, 1, 8, 3, depth=2, registers=128, ahead=1), Tile(128, 128, 1, 8, 6, registers=128),
 ]  # fmt: skip
 
 
 @needs_hopper
-@pytest.mark.parametrize("tile", HOPPER_TILES, ids=lambda t: f"{t.block_m}x{t.block_n}w{t.warps}d{t.depth}a{t.ahead}")
+@pytest.mark.parametrize("tile", HOPPER_TILES, ids=lambda t: f"{t.block_m}x{t.block_n}w{t.warps}s{t.stages}d{t.depth}a{t.ahead}")
 def test_fuzz_hopper(tile):
     from vllm_comet.kernels.w4ax_gemm_hopper import w4ax_gemm_hopper
 
