@@ -10,7 +10,7 @@ from kernel_testing import DEVICE, GPU, HOPPER, needs_gpu, needs_hopper, needs_k
 from vllm_comet import checkpoint as ck
 from vllm_comet.kernels import ops
 from vllm_comet.kernels.act_quant import code_sums_ref, padded_k, quantize_activation_ref
-from vllm_comet.kernels.tiles import Entry, Tile, choose_tile, existing_entries, save_table
+from vllm_comet.kernels.tiles import Entry, Tile, choose_tile, existing_entries, nearest, save_table
 from vllm_comet.kernels.w4ax_gemm import pack_weight, padded_rows, unpack_tiles, w4ax_gemm_ref, w4ax_gemm_triton
 
 
@@ -135,7 +135,8 @@ HOPPER_TILES = [
 
 
 @needs_hopper
-@pytest.mark.parametrize("tile", HOPPER_TILES, ids=lambda t: f"{t.block_m}x{t.block_n}w{t.warps}s{t.stages}d{t.depth}a{t.ahead}")
+@pytest.mark.parametrize("tile", HOPPER_TILES,
+                         ids=lambda t: f"{t.block_m}x{t.block_n}w{t.warps}s{t.stages}d{t.depth}a{t.ahead}")
 def test_fuzz_hopper(tile):
     from vllm_comet.kernels.w4ax_gemm_hopper import w4ax_gemm_hopper
 
@@ -239,14 +240,26 @@ def test_overlapping_launches():
 
 
 def test_tile_table_keeps_other_entries(tmp_path):
-    entries = [Entry(4096, 4096, m, Tile(64, 64, 1, 4, 3, ahead=m)) for m in (16, 64)]
+    entries = [Entry(4096, 4096, m, Tile(64, 64, 1, 4, 3, ahead=m), g) for m in (16, 64) for g in (None, 64)]
     save_table(tmp_path / "gpu.json", "a GPU", "hopper", entries)
     assert list(existing_entries(tmp_path / "gpu.json", "hopper").values()) == entries
     assert existing_entries(tmp_path / "gpu.json", "triton") == {} == existing_entries(tmp_path / "none.json", "hopper")
 
 
+@pytest.mark.parametrize("n,m,group_size,expected", [
+    (4096, 1, 128, (4096, 8, None)), (4096, 9, 128, (4096, 64, None)), (4096, 64, 64, (4096, 64, 64)),
+    (9000, 1, 64, (4096, 8, None)), (9000, 60, 64, (8192, 64, None)), (9000, 100, -1, (8192, 64, None)),
+])  # fmt: skip
+def test_nearest_entry(n, m, group_size, expected):
+    """A shape that was measured for some M only doesn't lend the others a tile for larger ones."""
+    table = tuple(Entry(n, 4096, m, Tile(8, 64, 1, 4, 3), g)
+                  for n, m, g in ((4096, 8, None), (4096, 64, None), (4096, 64, 64), (8192, 64, None)))
+    found = nearest(table, n, 4096, m, group_size)
+    assert (found.n, found.m, found.group_size) == expected
+
+
 def test_tile_choice():
-    tile = choose_tile(torch.device("cpu"), "triton", 4096, 4096, 1)
+    tile = choose_tile(torch.device("cpu"), "triton", 4096, 4096, 1, 128)
     assert tile.block_m == 16 and tile.split >= 1
-    assert choose_tile(torch.device("cpu"), "triton", 5000, 4096, 100000).block_m == 128
-    assert HOPPER or choose_tile(torch.device("cpu"), "triton", 64, 64, 1).split == 1
+    assert choose_tile(torch.device("cpu"), "triton", 5000, 4096, 100000, 64).block_m == 128
+    assert HOPPER or choose_tile(torch.device("cpu"), "triton", 64, 64, 1, -1).split == 1

@@ -124,6 +124,6 @@ def test_sum_in_units_of_the_second_scale():
 @pytest.mark.parametrize("n, k", [(6144, 4096), (4096, 14336), (2560, 4096), (57344, 8192)])
 def test_warm_up_meets_every_tile(n, k):
     """`compile_kernels` tries a few of the possible batch sizes; serving must not find a tile that it left out."""
-    tiles = {m: choose_tile(torch.device("cpu"), "hopper", n, k, m) for m in range(1, 2049)}
+    tiles = {m: choose_tile(torch.device("cpu"), "hopper", n, k, m, 64) for m in range(1, 2049)}
     assert {tiles[m] for m in batch_sizes(2048)} == set(tiles.values())
     assert batch_sizes(3) == [3, 2, 1]

@@ -180,9 +180,11 @@ def test_time_of_a_step_is_shared_out_without_counting_an_overlap_twice():
     kernels = [Kernel("_w4ax_kernel", 0, 10), Kernel("_rms_norm_kernel", 8, 14), Kernel("nvjet_tst_128", 20, 25),
                Kernel("void cutlass::device_kernel<flash::enable_sm90>", 25, 27), Kernel("argmax", 27, 28)] * 2
     kernels = [Kernel(k.name, k.start + 30 * (i // 5), k.end + 30 * (i // 5)) for i, k in enumerate(kernels)]
+    kernels.append(Kernel("argmax", 158, 160))
     found = serve_profile.summarize(kernels, steps=2)
-    assert found["step_us"] == 29.0 and found["kernels"] == 5 and found["steps"] == 2
-    assert found["parts_us"] == {"w4ax": 10, "norms": 4, "products": 5, "attention": 2, "rest": 1, "idle": 7}
+    assert found["step_us"] == 80.0 and found["kernels"] == 5.5 and found["steps"] == 2
+    assert found["parts_us"] == {"w4ax": 10, "norms": 4, "products": 5, "attention": 2, "rest": 2, "gaps": 7,
+                                 "waiting": 50}
     assert sum(found["parts_us"].values()) == found["step_us"]
     assert serve_profile.longest(kernels, 2, 1) == [{"name": "_w4ax_kernel", "us": 10.0, "launches": 1.0}]
     with pytest.raises(ValueError, match="0 kernels in 2 steps"):

@@ -20,6 +20,8 @@ PARTS = {
 the writing of the cache; norms, activation functions and quantisation; other matrix products, which beside COMET are
 the head's. What matches none is the ``rest``: sampling, preparation of inputs, copies."""
 
+GAP_US = 20.0
+
 
 class Kernel(NamedTuple):
     """A kernel, copy or fill on the GPU; times in microseconds."""
@@ -34,7 +36,8 @@ def part_of(name: str) -> str:
 
 
 def summarize(kernels: list[Kernel], steps: int) -> dict[str, Any]:
-    """Microseconds a step: ``step_us``, its parts, and ``idle``, when no kernel ran; and kernels a step.
+    """Microseconds a step: ``step_us``, its parts, ``gaps`` of up to GAP_US between kernels, and ``waiting``, longer
+    times in which no kernel ran, mostly for the host; and kernels a step.
 
     Where two kernels overlap, as with programmatic dependent launch, the time counts for the one that began first: the
     other mostly waits for it.
@@ -42,10 +45,11 @@ def summarize(kernels: list[Kernel], steps: int) -> dict[str, Any]:
     if not kernels or not steps:
         raise ValueError(f"{len(kernels)} kernels in {steps} steps: nothing to share out")
     kernels = sorted(kernels, key=lambda kernel: kernel.start)
-    parts: Counter[str] = Counter(dict.fromkeys((*PARTS, "rest", "idle"), 0.0))
+    parts: Counter[str] = Counter(dict.fromkeys((*PARTS, "rest", "gaps", "waiting"), 0.0))
     reached = kernels[0].start
     for kernel in kernels:
-        parts["idle"] += max(0.0, kernel.start - reached)
+        gap = max(0.0, kernel.start - reached)
+        parts["gaps" if gap <= GAP_US else "waiting"] += gap
         parts[part_of(kernel.name)] += max(0.0, kernel.end - max(kernel.start, reached))
         reached = max(reached, kernel.end)
     step = (reached - kernels[0].start) / steps

@@ -24,6 +24,7 @@ from vllm_comet.kernels.act_quant import written_sums
 from vllm_comet.kernels.tiles import Entry, Tile
 from vllm_comet.kernels.w4ax_gemm import hopper_kernel_supported
 
+DEFAULT_GROUP_SIZE = 128
 DEFAULT_M = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 
 
@@ -163,7 +164,8 @@ def main(argv: list[str]) -> int:
                         default=list(problems.MODELS["llama3-8b"].values()))
     parser.add_argument("--m", type=int, nargs="*", default=list(DEFAULT_M))
     parser.add_argument("--layout", choices=["hopper", "triton"], help="kernel to tune; default: what this GPU uses")
-    parser.add_argument("--group-size", type=int, choices=[128, 64, -1], default=128)
+    parser.add_argument("--group-size", type=int, choices=[128, 64, -1], default=DEFAULT_GROUP_SIZE,
+                        help="of the weights; the tiles for another than the default %(default)s are used for it only")
     parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1))
     parser.add_argument("--out", type=Path, help="table to write; default: the package's table of this GPU")
     parser.add_argument("--log", type=Path, help="write every measurement here, JSON lines")
@@ -184,8 +186,9 @@ def main(argv: list[str]) -> int:
         copies = problems.weight_copies(weight, timing.l2_copies(n * k // 2) if m <= problems.GRAPH_MAX_M else 1)
         measured = sorted(((time_us(problem, tile, copies), tile) for tile in right), key=lambda pair: pair[0])
         best, tile = measured[0]
-        entries[n, k, m] = Entry(n, k, m, tile)
-        tile_tables.save_table(out, name, args.layout, [entries[key] for key in sorted(entries)])
+        entry = Entry(n, k, m, tile, None if args.group_size == DEFAULT_GROUP_SIZE else args.group_size)
+        entries[entry.key] = entry
+        tile_tables.save_table(out, name, args.layout, entries.values())
         log += [{"n": n, "k": k, "m": m, "us": us, "tile": t.to_dict()} for us, t in measured]
         others = ", ".join(f"{us:.2f}" for us, _ in measured[1:4])
         print(f"{n}x{k} M={m}: {best:.2f} us {tile}, next {others}", flush=True)

@@ -38,7 +38,8 @@ class GpuLinear(torch.nn.Module):
     def compile_kernels(self, max_tokens: int, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
         """Run every kernel that 1 to ``max_tokens`` tokens can choose, so that serving compiles none."""
         device = self.packed.device
-        tiles = {choose_tile(device, self.layout, self.n, self.k, m): m for m in batch_sizes(max_tokens)}
+        tiles = {choose_tile(device, self.layout, self.n, self.k, m, self.group_size): m
+                 for m in batch_sizes(max_tokens)}
 
         def run(m: int) -> None:
             with torch.cuda.device(device):  # a thread's own setting

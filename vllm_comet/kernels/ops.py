@@ -74,7 +74,7 @@ def gemm_kernel(layout: str, tile: Tile) -> Callable[..., torch.Tensor]:
 def _w4ax_linear_cuda(codes, act_scales, sums, packed, group_scale, counters, weight_scale, bias, n, k, group_size,
                       split, layout, out_dtype):  # fmt: skip
     weight = KernelWeight(packed, group_scale, counters, n, k, group_size, split, layout)
-    tile = choose_tile(codes.device, layout, n, k, codes.shape[0])
+    tile = choose_tile(codes.device, layout, n, k, codes.shape[0], group_size)
     return gemm_kernel(layout, tile)(
         codes, act_scales, weight, weight_scale, bias, out_dtype, tile, act_quant.written_sums(sums))
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tile a GEMM launch uses: tables measured offline by ``comet-bench tune``, one JSON file per GPU in ``tiles/``.
 
-A file holds ``{"gpu", "layout", "entries": [{"n", "k", "m", "tile": {...}}]}``. The entry for a launch is that of the
-nearest shape (in the logarithms of N and K), and of that shape the one with the smallest ``m`` that covers M. For a
-shape that was not measured itself, the K split is derived from the number of tiles instead of taken over.
+A file holds ``{"gpu", "layout", "entries": [{"n", "k", "m", "group_size", "tile": {...}}]}``. The entry for a launch
+is, of those with the smallest ``m`` that covers M, that of the nearest shape (in the logarithms of N and K). An entry
+with a ``group_size`` is for weights of that one only, and preferred to one for all (null). For a shape that was not
+measured itself, the K split is derived from the number of tiles instead of taken over.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import logging
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
@@ -57,6 +59,12 @@ class Entry:
     k: int
     m: int
     tile: Tile
+    group_size: int | None = None
+
+    @property
+    def key(self) -> tuple[int, int, int, int]:
+        """What there can be one entry for in a table, and in which order."""
+        return self.n, self.k, self.m, self.group_size or 0
 
 
 def table_name(device_name: str) -> str:
@@ -66,18 +74,19 @@ def table_name(device_name: str) -> str:
 
 def load_table(path: Path) -> tuple[Entry, ...]:
     entries = json.loads(path.read_text())["entries"]
-    return tuple(Entry(e["n"], e["k"], e["m"], Tile(**e["tile"])) for e in entries)
+    return tuple(Entry(e["n"], e["k"], e["m"], Tile(**e["tile"]), e.get("group_size")) for e in entries)
 
 
-def existing_entries(path: Path, layout: str) -> dict[tuple[int, int, int], Entry]:
-    """Entries of the table at ``path`` by (n, k, m); none if there is no such table or it is for another layout."""
+def existing_entries(path: Path, layout: str) -> dict[tuple[int, int, int, int], Entry]:
+    """Entries of the table at ``path`` by their keys; none if there is no such table or it is for another layout."""
     if not path.exists() or json.loads(path.read_text())["layout"] != layout:
         return {}
-    return {(entry.n, entry.k, entry.m): entry for entry in load_table(path)}
+    return {entry.key: entry for entry in load_table(path)}
 
 
-def save_table(path: Path, gpu: str, layout: str, entries: list[Entry]) -> None:
-    lines = [json.dumps({"n": e.n, "k": e.k, "m": e.m, "tile": e.tile.to_dict()}) for e in entries]
+def save_table(path: Path, gpu: str, layout: str, entries: Iterable[Entry]) -> None:
+    lines = [json.dumps({"n": e.n, "k": e.k, "m": e.m, "group_size": e.group_size, "tile": e.tile.to_dict()})
+             for e in sorted(entries, key=lambda e: e.key)]
     head = f'{{"gpu": {json.dumps(gpu)}, "layout": {json.dumps(layout)}, "entries": [\n'
     path.write_text(head + ",\n".join(lines) + "\n]}\n")
 
@@ -95,15 +104,15 @@ def table_for(device_name: str, layout: str) -> tuple[Entry, ...]:
     return load_table(path)
 
 
-def nearest(entries: tuple[Entry, ...], n: int, k: int, m: int) -> Entry:
-    """The entry of the nearest shape whose ``m`` is the smallest that covers ``m``, or the largest there is."""
+def nearest(entries: tuple[Entry, ...], n: int, k: int, m: int, group_size: int) -> Entry:
+    """The entry for a product, as the module's docstring says; beyond the largest ``m`` there is, one of that."""
+    usable = [e for e in entries if e.group_size in (None, group_size)]
+    covering = min((e.m for e in usable if e.m >= m), default=max(e.m for e in usable))
 
-    def distance(entry: Entry) -> float:
-        return abs(math.log(entry.n / n)) + abs(math.log(entry.k / k))
+    def distance(entry: Entry) -> tuple[float, bool]:
+        return abs(math.log(entry.n / n)) + abs(math.log(entry.k / k)), entry.group_size is None
 
-    shape = min(entries, key=distance)
-    same = sorted((e for e in entries if (e.n, e.k) == (shape.n, shape.k)), key=lambda e: e.m)
-    return next((e for e in same if e.m >= m), same[-1])
+    return min((e for e in usable if e.m == covering), key=distance)
 
 
 def auto_split(tile: Tile, n: int, k: int, m: int, processors: int) -> int:
@@ -113,14 +122,15 @@ def auto_split(tile: Tile, n: int, k: int, m: int, processors: int) -> int:
 
 
 @lru_cache(maxsize=8192)
-def choose_tile(device: torch.device, layout: str, n: int, k: int, m: int) -> Tile:
-    """Tile for a ``[m, k] × [n, k]ᵀ`` product on ``device``; touches the GPU for nothing but its cached properties."""
+def choose_tile(device: torch.device, layout: str, n: int, k: int, m: int, group_size: int) -> Tile:
+    """Tile for a ``[m, k] × [n, k]ᵀ`` product on ``device`` with weights in groups of ``group_size``; touches the GPU
+    for nothing but its cached properties."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, processors = properties.name, properties.multi_processor_count
     else:
         name, processors = device.type, 1
-    entry = nearest(table_for(name, layout), n, k, max(m, 1))
+    entry = nearest(table_for(name, layout), n, k, max(m, 1), group_size)
     tile = entry.tile
     if tile.form == "general" and (tile.split == 0 or (entry.n, entry.k) != (n, k)):
         tile = replace(tile, split=auto_split(tile, n, k, max(m, 1), processors))
