@@ -248,7 +248,7 @@ def test_tile_table_keeps_other_entries(tmp_path):
 
 @pytest.mark.parametrize("n,m,group_size,expected", [
     (4096, 1, 128, (4096, 8, None)), (4096, 9, 128, (4096, 64, None)), (4096, 64, 64, (4096, 64, 64)),
-    (9000, 1, 64, (4096, 8, None)), (9000, 60, 64, (8192, 64, None)), (9000, 100, -1, (8192, 64, None)),
+    (9000, 1, 64, (4096, 8, None)), (9000, 60, 64, (4096, 64, 64)), (9000, 100, -1, (8192, 64, None)),
 ])  # fmt: skip
 def test_nearest_entry(n, m, group_size, expected):
     """A shape that was measured for some M only doesn't lend the others a tile for larger ones."""

@@ -3,8 +3,8 @@
 
 A file holds ``{"gpu", "layout", "entries": [{"n", "k", "m", "group_size", "tile": {...}}]}``. The entry for a launch
 is, of those with the smallest ``m`` that covers M, that of the nearest shape (in the logarithms of N and K). An entry
-with a ``group_size`` is for weights of that one only, and preferred to one for all (null). For a shape that was not
-measured itself, the K split is derived from the number of tiles instead of taken over.
+with a ``group_size`` is for weights of that one only, and preferred to one for all (null) even of a nearer shape. For a
+shape that was not measured itself, the K split is derived from the number of tiles instead of taken over.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def nearest(entries: tuple[Entry, ...], n: int, k: int, m: int, group_size: int)
     usable = [e for e in entries if e.group_size in (None, group_size)]
     covering = min((e.m for e in usable if e.m >= m), default=max(e.m for e in usable))
 
-    def distance(entry: Entry) -> tuple[float, bool]:
-        return abs(math.log(entry.n / n)) + abs(math.log(entry.k / k)), entry.group_size is None
+    def distance(entry: Entry) -> tuple[bool, float]:
+        return entry.group_size is None, abs(math.log(entry.n / n)) + abs(math.log(entry.k / k))
 
     return min((e for e in usable if e.m == covering), key=distance)
 
