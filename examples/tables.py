@@ -69,7 +69,9 @@ def ablation() -> Iterator[str]:
 def shares() -> Iterator[str]:
     for path in sorted(RESULTS.glob("ablation-*.json")):
         found, rows = json.loads(path.read_text()), ablation_rows(path)
-        if not rows:
+        measured = {row["int8_share"]: row for name, row in rows.items()
+                    if name.startswith((SHARE, "default")) and MIXED_MODE in row["ppl"]}
+        if len(measured) < 2:
             continue
         base = rows["default"]["ppl"][DEFAULT_MODE]
         yield (f"**{found['name']}**, `mixed` mode by the share of channels that stay INT8; {DEFAULT_MODE} has "
@@ -77,7 +79,7 @@ def shares() -> Iterator[str]:
         yield ""
         yield from table(["INT8 share", f"perplexity, {MIXED_MODE}", f"over {DEFAULT_MODE}"], [
             [f"{row['int8_share']:.1%}", f"{row['ppl'][MIXED_MODE]:.2f}", f"{row['ppl'][MIXED_MODE] / base:.2f}"]
-            for name, row in rows.items() if name.startswith(SHARE)])
+            for _, row in sorted(measured.items())])
         yield ""
 
 
@@ -190,7 +192,20 @@ def serve() -> Iterator[str]:
                     [row["workload"].split("@")[1], row["mode"], f"{row['out_tok_s']:,.0f}",
                      *(f"{row[key]['p50']:.1f} / {row[key]['p99']:.1f}" for key in ("ttft_ms", "itl_ms"))]
                     for row in sorted(replayed, key=lambda row: float(row["workload"].split("@")[1]))])
+        recorded = [row for row in found.get("profiles", []) if "error" not in row]
+        if recorded:
+            yield from ["", "Where the GPU's time in a decoding step goes, ms, from a profiler:", ""]
+            yield from profiles(recorded)
         yield ""
+
+
+def profiles(rows: list[dict[str, Any]]) -> list[str]:
+    """A line a mode and batch size. Waiting for the host is left out: the profiler makes it longer."""
+    parts = {"w4ax": "W4Ax products", "products": "other products", "attention": "attention",
+             "norms": "norms, activations, quantisation", "rest": "rest", "gaps": "gaps"}
+    return table(["requests", "mode", "in all", *parts.values()], [
+        [str(row["batch"]), row["mode"], f"{sum(row['parts_us'][part] for part in parts) / 1e3:.2f}",
+         *(f"{row['parts_us'][part] / 1e3:.2f}" for part in parts)] for row in sorted(rows, key=lambda r: r["batch"])])
 
 
 def throughput(
