@@ -275,7 +275,8 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
         axis.set(xscale="log", xlabel="M (tokens)", ylabel="speed over cuBLAS bf16", title=f"{model}, {device}", ylim=0)
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    lines = {line.get_label(): line for axis in axes[0] for line in axis.get_lines()}  # a panel may lack a mode
+    axes[0][-1].legend(lines.values(), lines, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, dpi=110)
 
 
