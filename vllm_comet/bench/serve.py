@@ -138,6 +138,10 @@ class Bench:
     """The modes, workloads and engine options of one invocation, and its results."""
 
     def __init__(self, args: argparse.Namespace, results: serve_report.Results) -> None:
+        import torch
+
+        if args.profile and not torch.cuda.is_available():
+            raise ValueError("--profile records a GPU's kernels, and there is no CUDA GPU; leave it out")
         self.args, self.results = args, results
         self.config = model_config(args.model)
         self.workloads = [fixed_workload(name) for name in args.workloads]

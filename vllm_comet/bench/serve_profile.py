@@ -21,6 +21,7 @@ the writing of the cache; norms, activation functions and quantisation; other ma
 the head's. What matches none is the ``rest``: sampling, preparation of inputs, copies."""
 
 GAP_US = 20.0
+"""Longer times without a kernel count as waiting: kernels of one CUDA graph follow each other closer."""
 
 
 class Kernel(NamedTuple):
