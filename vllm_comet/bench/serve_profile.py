@@ -7,7 +7,7 @@ Pure functions; the recording is done inside vLLM's worker (:mod:`vllm_comet.ben
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import defaultdict
 from typing import Any, NamedTuple
 
 PARTS = {
@@ -46,7 +46,7 @@ def summarize(kernels: list[Kernel], steps: int) -> dict[str, Any]:
     if not kernels or not steps:
         raise ValueError(f"{len(kernels)} kernels in {steps} steps: nothing to share out")
     kernels = sorted(kernels, key=lambda kernel: kernel.start)
-    parts: Counter[str] = Counter(dict.fromkeys((*PARTS, "rest", "gaps", "waiting"), 0.0))
+    parts = dict.fromkeys((*PARTS, "rest", "gaps", "waiting"), 0.0)
     reached = kernels[0].start
     for kernel in kernels:
         gap = max(0.0, kernel.start - reached)
@@ -60,10 +60,11 @@ def summarize(kernels: list[Kernel], steps: int) -> dict[str, Any]:
 
 def longest(kernels: list[Kernel], steps: int, count: int = 12) -> list[dict[str, Any]]:
     """The kernels that take most, by name: microseconds and launches a step."""
-    time: Counter[str] = Counter()
-    launches: Counter[str] = Counter()
+    time: dict[str, float] = defaultdict(float)
+    launches: dict[str, int] = defaultdict(int)
     for kernel in kernels:
         time[kernel.name] += kernel.end - kernel.start
         launches[kernel.name] += 1
-    return [{"name": name[:120], "us": round(us / steps, 1), "launches": round(launches[name] / steps, 2)}
-            for name, us in time.most_common(count)]
+    most = sorted(time, key=lambda name: -time[name])[:count]
+    return [{"name": name[:120], "us": round(time[name] / steps, 1), "launches": round(launches[name] / steps, 2)}
+            for name in most]
