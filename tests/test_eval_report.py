@@ -56,7 +56,8 @@ def test_same_seed_same_report_and_numbers_that_agree_with_the_parts(folder, tmp
     for label, model in models.items():
         losses = window_losses(model, windows)
         perplexity = found["accuracy"][label]["perplexity"]["text"]
-        assert perplexity["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
+        bound = 1e-5 if label == "bf16" else 1e-4  # sums in another order may turn a code
+        assert perplexity["perplexity"] == pytest.approx(math.exp(sum(losses) / 3), rel=bound)
     assert found["accuracy"]["bf16"]["mean"]["recovery"] == pytest.approx({"value": 100, "low": 100, "high": 100})
     assert [m["simulated"] for m in found["models"]] == [False, True, True]
     assert found["tasks"]["piqa"]["metric"] == "acc_norm" and found["tasks"]["lambada"]["metric"] == "acc"
