@@ -22,8 +22,9 @@ from vllm_comet.kernels._triton import Launcher, require_triton, tl, triton
 QMAX = {4: 7, 8: 127}
 """Largest code of a symmetric segment of 4 or 8 bits (−8 and −128 are not used)."""
 CLIP = 0.75
-"""Part of a 4-bit segment's largest magnitude that its largest code stands for; what is larger saturates. Eight bits
-are not clipped."""
+"""Part of a 4-bit segment's largest magnitude that its largest code stands for; what is larger saturates, as in QuaRot
+(arXiv 2404.00456), which takes 0.9. Of 0.6 to 1 in steps of 0.1, SmolLM2 has its best perplexity at 0.7 and 0.8. Eight
+bits are not clipped."""
 TINY = 1e-20
 """A segment whose largest magnitude is below this counts as zero."""
 MIN_SHIFT, MAX_SHIFT = -4, 15
