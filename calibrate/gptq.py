@@ -39,6 +39,9 @@ class Compensation:
         importance[order] = inverse.diagonal().square().reciprocal()
         return cls(order, inverse, importance * (hessian.diagonal() > 0))
 
+    def to(self, device: torch.device) -> Compensation:
+        return Compensation(self.order.to(device), self.inverse.to(device), self.importance.to(device))
+
     def solve(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows (H + λI)⁻¹`` for ``rows`` ``[N, K]`` in stored order."""
         result = torch.empty_like(rows)

@@ -33,6 +33,9 @@ class Grid:
         row = torch.cat([part.row for part in parts])
         return cls(row, torch.cat(groups) if groups else None, parts[0].group_size)
 
+    def to(self, device: torch.device) -> Grid:
+        return Grid(self.row.to(device), None if self.group is None else self.group.to(device), self.group_size)
+
     def steps(self, k: int) -> torch.Tensor:
         """c·g for every weight: float32 ``[N, K]``."""
         if self.group is None:

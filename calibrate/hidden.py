@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden states between two passes over the calibration text: on the GPU as far as it has room, then in host memory,
-then in files. A chunk is a few samples, ``[B, T, channels]``; one at a time is worked on."""
+"""Where a calibration computes, and its hidden states between two passes over the text: on the GPUs as far as they have
+room, then in host memory, then in files. A chunk is a few samples, ``[B, T, channels]``; one at a time is worked on."""
 
 from __future__ import annotations
 
@@ -21,19 +21,24 @@ class _File:
     dtype: torch.dtype
 
 
+def calibration_devices() -> tuple[torch.device, ...]:
+    """Every GPU that this process sees (``CUDA_VISIBLE_DEVICES``), or the CPU."""
+    return tuple(torch.device("cuda", i) for i in range(torch.cuda.device_count())) or (torch.device("cpu"),)
+
+
 def avoid_fragmentation() -> None:
     """Let PyTorch grow its GPU memory in place; matrices of many sizes come and go. Before the GPU is first used."""
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 
 def release_cached_memory(device: torch.device) -> None:
-    """Return what PyTorch keeps of freed GPU memory, which pieces of another size could not use."""
+    """Return what PyTorch keeps of freed memory of all GPUs, which pieces of another size could not use."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def default_device_budget(device: torch.device) -> int:
-    """Bytes of GPU memory a calibration may take by default: 24 GiB, or most of a smaller GPU's."""
+    """Bytes of memory a calibration may take on a GPU by default: 24 GiB, or most of a smaller one's."""
     if device.type == "cpu":
         return 0
     return min(24 * 2**30, int(0.9 * torch.cuda.get_device_properties(device).total_memory))
@@ -49,14 +54,15 @@ def default_host_budget() -> int:
 
 
 class HiddenStore:
-    """Room for chunks: ``device_bytes`` on the GPU, then ``host_bytes``, then files in ``folder`` (made for the first).
+    """Room for chunks: so many bytes on each device of ``room``, in its order, then files in ``folder`` (made for the
+    first).
 
-    Where a chunk lies changes nothing in its values.
+    ``device`` is where chunks are worked on. Where a chunk lies changes nothing in its values.
     """
 
-    def __init__(self, device: torch.device, device_bytes: int, host_bytes: int, folder: Path):
+    def __init__(self, device: torch.device, room: dict[torch.device, int], folder: Path):
         self.device, self.spilled = device, 0
-        self._left = {"cpu": host_bytes} if device.type == "cpu" else {device.type: device_bytes, "cpu": host_bytes}
+        self._left = dict(room)
         self._folder, self._numbers = folder, itertools.count()
 
     def states(self, count: int) -> HiddenStates:
@@ -68,7 +74,7 @@ class HiddenStore:
         if isinstance(previous, torch.Tensor):
             if previous.device != chunk.device and previous.shape == chunk.shape:
                 return previous.copy_(chunk)  # its pages are there already
-            self._left[previous.device.type] += previous.nbytes
+            self._left[previous.device] += previous.nbytes
         for place, left in self._left.items():
             if chunk.nbytes <= left:
                 self._left[place] -= chunk.nbytes

@@ -12,21 +12,12 @@ import torch
 from calibrate.decoder import DecoderBuilder, DecoderLayer
 from calibrate.errors import CalibrationError
 from calibrate.fmpq import act_bits, error_curve, outlier_last, round_trip_activation
-from calibrate.gptq import (
-    SWEEPS,
-    Compensation,
-    corrected_targets,
-    damp,
-    descend,
-    gptq,
-    hessian_error,
-    output_errors,
-    refit_rows,
-)
-from calibrate.grid import Grid, QuantizedLinear, search_grid
+from calibrate.gptq import Compensation, corrected_targets, damp, hessian_error, output_errors
+from calibrate.grid import QuantizedLinear
 from calibrate.hidden import Streams, release_cached_memory
 from calibrate.kv_smooth import smooth_k
 from calibrate.models import DOWN, GATE_UP, LINEAR_INPUTS, OUT, QKV, LinearInput, rotates_whole_head
+from calibrate.rows import RowQuantizer
 from calibrate.stats import InputStats
 from vllm_comet.checkpoint import CometFormat, num_blocks
 
@@ -36,15 +27,16 @@ _SAMPLES, _LENGTH = 2, 256
 """Beginnings of samples on which the activation error of a whole layer is measured."""
 
 
-_ROUNDED_BYTES = 1 << 28
-"""Of a float32 weight that is rounded at once, as that takes ten times as much; its rows don't depend on each other."""
-
-
 class LayerCalibrator:
-    """Turns float decoder layers into comet tensors, one at a time."""
+    """Turns float decoder layers into comet tensors, one at a time.
 
-    def __init__(self, builder: DecoderBuilder, comet: CometFormat, damping: float):
-        self.builder, self.comet, self.damping = builder, comet, damping
+    devices: that round, the builder's, where all else is computed, among them.
+    """
+
+    def __init__(
+        self, builder: DecoderBuilder, comet: CometFormat, damping: float, devices: tuple[torch.device, ...]
+    ):
+        self.builder, self.comet, self.damping, self.devices = builder, comet, damping, devices
         self.kv_group_size = comet.kv_cache.group_size if comet.kv_cache else None
 
     def run(
@@ -118,19 +110,20 @@ class _LayerJob:
         targets = corrected_targets(floats, missing, compensation)
         del floats, missing
         damp(hessian, self.owner.damping)
+        quantizer = RowQuantizer(hessian, compensation, self.owner.comet.group_size, self.owner.devices)
         for member, weight in zip(linear_input.members, targets, strict=True):
             power = hessian_error(weight, hessian)
             if not math.isfinite(power):
                 raise CalibrationError(f"the weights of model.layers.{self.index}.{member} are too large: what they "
                                        "give exceeds float32 on the calibration text; check the model's weights.")
-            quantized = quantize_weight(weight, hessian, compensation, self.owner.comet.group_size)
+            quantized = quantizer.quantize(weight)
             quantized.perm = perm
             self.done[member] = quantized
             stored = quantized.dequantize()
             errors[member] = hessian_error(stored - weight, hessian) / max(power, 1e-30)
             self.layer.linear(member).weight[:, perm] = stored
             weights.append(stored)
-        del compensation, hessian, targets
+        del quantizer, compensation, hessian, targets
         rows, readers = stats.rows[:, perm], torch.cat(weights)
         self.report[linear_input.name] = {
             "weight_error": errors,
@@ -196,19 +189,6 @@ class _LayerJob:
             if name.removesuffix(".weight") not in self.done:
                 tensors[name] = parameter.detach().cpu().to(torch.bfloat16)
         return tensors
-
-
-def quantize_weight(
-    weight: torch.Tensor, hessian: torch.Tensor, compensation: Compensation, group_size: int
-) -> QuantizedLinear:
-    """``weight`` ``[N, K]`` on a grid of its own, some rows at a time."""
-    grids, codes = [], []
-    for rows in weight.split(max(1, _ROUNDED_BYTES // (4 * weight.shape[1]))):
-        grid = search_grid(rows, compensation.importance, group_size)
-        codes.append(gptq(rows, compensation, grid))
-        grid = refit_rows(rows, hessian, grid, codes[-1])
-        grids.append(descend(rows, hessian, grid, codes[-1], SWEEPS))
-    return QuantizedLinear(Grid.cat(grids), torch.cat(codes))
 
 
 def _round_trip(x: torch.Tensor, perm: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:

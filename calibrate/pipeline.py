@@ -18,7 +18,7 @@ from calibrate.export import ShardWriter, Workspace, write_metadata, write_repor
 from calibrate.fmpq import Candidate, act_bits, allocate
 from calibrate.fused import split_tensors
 from calibrate.grid import dequantize
-from calibrate.hidden import HiddenStates, HiddenStore, Streams, avoid_fragmentation
+from calibrate.hidden import HiddenStates, HiddenStore, Streams, avoid_fragmentation, calibration_devices
 from calibrate.layer import LayerCalibrator
 from calibrate.loading import ModelSource
 from calibrate.models import LINEAR_INPUTS, Dims, Family, check_dims, choose_tensor_parallel, family_of
@@ -100,8 +100,8 @@ def prepare(source: ModelSource, options: Options, limits: Limits = _NO_LIMITS) 
     text = load_text(options.data, tokenizer)
     windows = token_windows(text, tokenizer, options.samples, options.length, options.seed, _MOST_SAMPLES)
     avoid_fragmentation()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Plan.of(source, dims, family, comet, windows.numel(), device, limits), windows
+    plan = Plan.of(source, dims, family, comet, windows.numel(), calibration_devices(), limits)
+    return plan, windows
 
 
 def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = False,
@@ -116,8 +116,8 @@ def calibrate(source: ModelSource, out: Path, options: Options, resume: bool = F
     workspace = Workspace(out, run, resume, plan.disk)
     with torch.no_grad(), workspace.scratch() as scratch:
         builder = DecoderBuilder(source.config(), family, device, activation_dtype(device))
-        calibrator = LayerCalibrator(builder, comet, options.damping)
-        store = HiddenStore(device, plan.hidden_on_gpu, plan.host_memory, scratch)
+        calibrator = LayerCalibrator(builder, comet, options.damping, plan.devices)
+        store = HiddenStore(device, plan.room, scratch)
         chunks = windows.split(max(1, CHUNK_TOKENS // windows.shape[1]))
         streams = Streams.start(store, len(chunks), windows.numel(), (builder.embed(c, embedding) for c in chunks))
         del embedding

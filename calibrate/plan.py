@@ -13,6 +13,7 @@ from calibrate.gptq import SWEEPS
 from calibrate.hidden import default_device_budget, default_host_budget
 from calibrate.loading import ModelSource
 from calibrate.models import DOWN, LINEAR_INPUTS, Dims, Family, tensor_parallel_obstacle
+from calibrate.rows import ROUNDED_BYTES
 from calibrate.stats import products_of_bf16
 from vllm_comet import checkpoint as fmt
 from vllm_comet.kernels.kv4_cache import bytes_per_token
@@ -30,7 +31,7 @@ _MOVES, _BUS_BYTES = 4.5, 8e9
 class Limits:
     """Bytes that a run may take; None: what the machine suggests. They change nothing in the result.
 
-    gpu_memory: of GPU memory in all (a layer that needs more takes it). host_memory: of hidden states in host memory;
+    gpu_memory: of each GPU's memory (a layer that needs more takes it). host_memory: of hidden states in host memory;
     what is left over goes to files.
     """
 
@@ -40,24 +41,30 @@ class Limits:
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes in bytes, time in seconds. base: all tensors in bf16. tokens: of the calibration text."""
+    """Sizes in bytes, time in seconds. base: all tensors in bf16. tokens: of the calibration text. devices: the first
+    computes, and all of them round."""
 
     dims: Dims
     family: Family
     comet: fmt.CometFormat
     base: int
     tokens: int
-    device: torch.device
+    devices: tuple[torch.device, ...]
     gpu_memory: int
     host_memory: int
 
     @classmethod
     def of(cls, source: ModelSource, dims: Dims, family: Family, comet: fmt.CometFormat, tokens: int,
-           device: torch.device, limits: Limits) -> Plan:
+           devices: tuple[torch.device, ...], limits: Limits) -> Plan:
         """Reads the headers of the model's files, not the weights."""
-        gpu = default_device_budget(device) if limits.gpu_memory is None else limits.gpu_memory
+        gpu = min(map(default_device_budget, devices)) if limits.gpu_memory is None else limits.gpu_memory
         host = default_host_budget() if limits.host_memory is None else limits.host_memory
-        return cls(dims, family, comet, source.bf16_bytes(), tokens, device, gpu, host)
+        return cls(dims, family, comet, source.bf16_bytes(), tokens, devices, gpu, host)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers are computed."""
+        return self.devices[0]
 
     @property
     def checkpoint(self) -> int:
@@ -72,11 +79,18 @@ class Plan:
         return self.base + self.dims.layers * (layer - 2 * self.layer_weights)
 
     @property
-    def hidden_on_gpu(self) -> int:
-        """Room for hidden states beside what a layer needs."""
+    def room(self) -> dict[torch.device, int]:
+        """Bytes for hidden states on each device, the host last: beside what a layer needs there."""
         if self.device.type == "cpu":
-            return 0
-        return min(self.hidden_bytes, max(0, self.gpu_memory - self.layer_bytes))
+            return {self.device: self.host_memory}
+        needed = [self.layer_bytes] + [self.rounding_bytes] * (len(self.devices) - 1)
+        left = {device: max(0, self.gpu_memory - n) for device, n in zip(self.devices, needed, strict=True)}
+        return left | {torch.device("cpu"): self.host_memory}
+
+    @property
+    def hidden_on_gpu(self) -> int:
+        """Hidden states that stay on GPUs."""
+        return min(self.hidden_bytes, sum(b for device, b in self.room.items() if device.type != "cpu"))
 
     @property
     def spilled(self) -> int:
@@ -115,12 +129,18 @@ class Plan:
         counted = 6 * self.layer_weights + 4 * (4 * k * k + 3 * k * self.dims.hidden) + 8192 * k * 4
         return int(_ALLOCATOR * counted)
 
+    @property
+    def rounding_bytes(self) -> int:
+        """Peak of what rounding takes on a GPU other than the first: two K x K matrices and the rows in work."""
+        k = max(self.dims.width(i) for i in LINEAR_INPUTS)
+        return int(_ALLOCATOR * (8 * k * k + 10 * ROUNDED_BYTES))
+
     def layer_seconds(self, rates: Rates) -> float:
         """Statistics and three passes of the layer; factorisation and rounding; hidden states on their way."""
         widths = [self.dims.width(i) for i in LINEAR_INPUTS]
         low = self.tokens * (4 * sum(k * k for k in widths) + 6 * self.layer_weights)
-        exact = self.tokens * 2 * self.dims.hidden * (widths[1] + widths[3])
-        exact += sum(2 * k**3 + (10 + 6 * SWEEPS) * k * k * sum(self.dims.rows(i))
+        exact: float = self.tokens * 2 * self.dims.hidden * (widths[1] + widths[3])
+        exact += sum(2 * k**3 + (10 + 6 * SWEEPS) * k * k * sum(self.dims.rows(i)) / len(self.devices)
                      for i, k in zip(LINEAR_INPUTS, widths, strict=True))
         columns = (1 + SWEEPS) * sum(len(i.members) * k for i, k in zip(LINEAR_INPUTS, widths, strict=True))
         moved = 0 if self.device.type == "cpu" else (self.hidden_bytes - self.hidden_on_gpu) * _MOVES
@@ -158,7 +178,7 @@ def describe(plan: Plan, rates: Rates) -> str:
     dims, comet = plan.dims, plan.comet
     kv, kv_plain = plan.kv_bytes
     host = plan.hidden_bytes - plan.hidden_on_gpu - plan.spilled + 2 * plan.layer_weights
-    gpu = plan.layer_bytes + plan.hidden_on_gpu
+    gpu = plan.layer_bytes + min(plan.hidden_bytes, plan.room[plan.device])
     on_gpu = plan.device.type != "cpu"
     seconds = plan.layer_seconds(rates) * dims.layers
     lines = [
@@ -177,13 +197,22 @@ def describe(plan: Plan, rates: Rates) -> str:
         f"KV cache      {kv} bytes a token; bf16 {kv_plain} ({kv_plain / kv:.2f}x)",
         f"text          {plan.tokens} tokens",
         f"memory        about {(host + (0 if on_gpu else plan.layer_bytes)) / _GIB:.1f} GiB of host memory beside the "
-        f"libraries' own" + (f", {gpu / _GIB:.1f} GiB on the GPU" if on_gpu else ""),
+        f"libraries' own" + (f", {gpu / _GIB:.1f} GiB on the GPU" if on_gpu else "") + _other_gpus(plan),
         f"disk          {plan.disk / _GIB:.1f} GiB while it runs"
         + (f", {plan.spilled / _GIB:.1f} GiB of it for hidden states beyond --host-memory" if plan.spilled else ""),
         f"time          {_duration(seconds)}, a rough estimate: operations at the rate of one matrix product here "
         f"({rates.low / 1e12:.2g} TFLOP/s); the real time can be half or three times that",
     ]
     return "\n".join(lines)
+
+
+def _other_gpus(plan: Plan) -> str:
+    others = sum(b for device, b in plan.room.items() if device.type != "cpu" and device != plan.device)
+    if len(plan.devices) == 1:
+        return ""
+    hidden = min(others, max(0, plan.hidden_bytes - plan.room[plan.device]))
+    each = plan.rounding_bytes + hidden / (len(plan.devices) - 1)
+    return f" and {each / _GIB:.1f} GiB on each of {len(plan.devices) - 1} more, which round with it"
 
 
 def _why_not_more(dims: Dims, comet: fmt.CometFormat) -> str:

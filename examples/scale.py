@@ -26,7 +26,14 @@ from transformers import LlamaConfig
 
 from calibrate.decoder import DecoderBuilder
 from calibrate.export import Workspace
-from calibrate.hidden import HiddenStore, Streams, avoid_fragmentation, default_device_budget, default_host_budget
+from calibrate.hidden import (
+    HiddenStore,
+    Streams,
+    avoid_fragmentation,
+    calibration_devices,
+    default_device_budget,
+    default_host_budget,
+)
 from calibrate.layer import LayerCalibrator
 from calibrate.models import Dims, choose_tensor_parallel, family_of
 from calibrate.pipeline import CHUNK_TOKENS, Options, activation_dtype, calibrate_layer, kv_format
@@ -67,21 +74,23 @@ def measure(
     begin = time.perf_counter()
     avoid_fragmentation()
     config = LlamaConfig(**_COMMON, **MODELS[name], architectures=["LlamaForCausalLM"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    devices = calibration_devices()
+    device, gpus = devices[0], devices if devices[0].type == "cuda" else ()
     if gpu_memory is not None:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(gpu_memory * 2**30 / total)
+        for gpu in gpus:
+            total = torch.cuda.get_device_properties(gpu).total_memory
+            torch.cuda.set_per_process_memory_fraction(gpu_memory * 2**30 / total, gpu)
     dims, options = Dims.of(config), Options()
     comet = CometFormat(options.group_size, kv_cache=kv_format(options, dims),
                         tensor_parallel=choose_tensor_parallel(dims, None))
     seconds = []
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=folder) as scratch:
         builder = DecoderBuilder(config, family_of(config), device, activation_dtype(device))
-        calibrator = LayerCalibrator(builder, comet, options.damping)
+        calibrator = LayerCalibrator(builder, comet, options.damping, devices)
         workspace = Workspace(Path(scratch) / "out", {}, resume=False)
-        plan = Plan(dims, builder.family, comet, 0, samples * length, device, default_device_budget(device),
-                    host_memory)
-        store = HiddenStore(device, plan.hidden_on_gpu, host_memory, Path(scratch) / "hidden")
+        plan = Plan(dims, builder.family, comet, 0, samples * length, devices,
+                    min(map(default_device_budget, devices)), host_memory)
+        store = HiddenStore(device, plan.room, Path(scratch) / "hidden")
         embedding = torch.randn(config.vocab_size, dims.hidden, device=device).to(torch.bfloat16).cpu()
         tokens = torch.randint(config.vocab_size, (samples, length), generator=torch.Generator().manual_seed(0))
         chunks = tokens.split(max(1, CHUNK_TOKENS // length))
@@ -100,7 +109,8 @@ def measure(
     return {"model": name, "samples": samples, "length": length, "layers": len(seconds), "of_layers": dims.layers,
             "layer_seconds": seconds, "projected_minutes": round(sum(steady) / len(steady) * dims.layers / 60, 1),
             "host_peak_gib": round(host_peak_bytes() / 2**30, 2), "spilled_gib": round(store.spilled / 2**30, 2),
-            "gpu_peak_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2) if device.type == "cuda" else None}
+            "gpus": len(gpus),
+            "gpu_peak_gib": round(max(map(torch.cuda.max_memory_reserved, gpus)) / 2**30, 2) if gpus else None}
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from calibrate.inspection import main as inspect
 from calibrate.loading import ModelSource
 from calibrate.models import Dims, family_of
 from calibrate.pipeline import Options, prepare
-from calibrate.plan import Plan
+from calibrate.plan import Plan, Rates, describe
 from vllm_comet import checkpoint as fmt
 
 
@@ -57,14 +57,14 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, text, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def large_plan(hidden: int, intermediate: int, heads: int) -> Plan:
-    """128 samples of 2048 tokens on a GPU."""
+def large_plan(hidden: int, intermediate: int, heads: int, gpus: int = 1) -> Plan:
+    """128 samples of 2048 tokens on GPUs."""
     from transformers import LlamaConfig
 
     config = LlamaConfig(hidden_size=hidden, intermediate_size=intermediate, num_attention_heads=heads,
                          num_key_value_heads=8, num_hidden_layers=80, architectures=["LlamaForCausalLM"])
     return Plan(Dims.of(config), family_of(config), fmt.CometFormat(64, kv_cache=fmt.KVCacheFormat(128)), 141 * 10**9,
-                128 * 2048, torch.device("cuda"), 24 * 2**30, 2**40)
+                128 * 2048, tuple(torch.device("cuda", i) for i in range(gpus)), 24 * 2**30, 2**40)
 
 
 def test_the_plan_knows_the_measured_memory():
@@ -78,6 +78,15 @@ def test_hidden_states_of_70b_go_to_the_host():
     plan = large_plan(8192, 28672, 64)
     assert plan.hidden_on_gpu == plan.spilled == 0 and plan.hidden_bytes < 20 * 2**30
     assert plan.kv_bytes == (80 * 8 * 136, 80 * 8 * 512)
+
+
+def test_a_second_gpu_rounds_and_holds_hidden_states():
+    alone, plan = large_plan(8192, 28672, 64), large_plan(8192, 28672, 64, gpus=2)
+    first, second, host = plan.room.values()
+    assert first == alone.hidden_on_gpu == 0 and 0 < second == plan.gpu_memory - plan.rounding_bytes < host
+    rates = Rates(5e14, 5e13)
+    assert plan.layer_seconds(rates) < alone.layer_seconds(rates)
+    assert "on each of 1 more" in describe(plan, rates) and "more" not in describe(alone, rates)
 
 
 def test_inspect_shows_shares_and_errors_of_every_layer(checkpoint, tmp_path, capsys):

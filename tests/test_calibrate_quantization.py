@@ -19,7 +19,7 @@ from calibrate.fmpq import (
 )
 from calibrate.gptq import Compensation, corrected_targets, descend, gptq, hessian_error, output_errors, refit_rows
 from calibrate.grid import QuantizedLinear, dequantize, round_to_grid, search_grid
-from calibrate.layer import quantize_weight
+from calibrate.rows import RowQuantizer
 from vllm_comet import checkpoint as fmt
 
 N, K, TOKENS = 48, 200, 800
@@ -97,16 +97,31 @@ def test_stored_tensors_follow_the_format_and_dequantise_to_the_weight(problem, 
     torch.testing.assert_close(dequantize(tensors, group_size), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("devices", [1, 3])
 @pytest.mark.parametrize("group_size", [128, -1])
-def test_rows_quantise_alone_as_together(problem, group_size, monkeypatch):
+def test_rows_quantise_alone_as_together(problem, group_size, devices, monkeypatch):
     weight, _, hessian = problem
-    compensation = Compensation.of(hessian, 0.01, "layer")
-    whole = quantize_weight(weight, hessian, compensation, group_size)
-    monkeypatch.setattr("calibrate.layer._ROUNDED_BYTES", 4 * weight.shape[1] * 7)
-    parts = quantize_weight(weight, hessian, compensation, group_size)
-    assert len(weight) % 7 and parts.codes.shape == whole.codes.shape
+    compensation, cpu = Compensation.of(hessian, 0.01, "layer"), torch.device("cpu")
+    whole = RowQuantizer(hessian, compensation, group_size, (cpu,)).quantize(weight)
+    monkeypatch.setattr("calibrate.rows.ROUNDED_BYTES", 4 * weight.shape[1] * 7)
+    parts = RowQuantizer(hessian, compensation, group_size, (cpu,) * devices).quantize(weight)
+    assert len(weight) % 7 and len(weight) > 7 * devices and parts.codes.shape == whole.codes.shape
     assert (parts.codes != whole.codes).float().mean() < 0.01  # sums of other lengths round otherwise
     torch.testing.assert_close(parts.grid.row, whole.grid.row, rtol=1e-3, atol=0)
+
+
+@pytest.mark.gpu
+def test_two_gpus_round_as_one(problem):
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, this machine has {torch.cuda.device_count()}")
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    weight, _, hessian = (t.to(first) for t in problem)
+    compensation = Compensation.of(hessian, 0.01, "layer")
+    one = RowQuantizer(hessian, compensation, 64, (first,)).quantize(weight)
+    two = RowQuantizer(hessian, compensation, 64, (first, second)).quantize(weight)
+    assert two.codes.device == two.grid.row.device == first
+    assert (two.codes != one.codes).float().mean() < 0.01
+    torch.testing.assert_close(two.grid.row, one.grid.row, rtol=1e-3, atol=0)
 
 
 def test_channels_that_are_always_zero_are_harmless(problem):
