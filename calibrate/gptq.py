@@ -111,14 +111,35 @@ def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float, 
     reverse = order.flip(0)
     factor = hessian[reverse.unsqueeze(1), reverse]
     damp(factor, damping)
-    factor, info = torch.linalg.cholesky_ex(factor)
-    if int(info):
+    if not _invert_cholesky_(factor):
         raise CalibrationError(f"the Hessian of {name} is not positive definite with --damping {damping}; give more "
                                "calibration text or raise --damping.")
-    inverse = torch.eye(len(order), dtype=factor.dtype, device=factor.device)
-    torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
-    del factor
-    return inverse.flip(0, 1)
+    return factor.flip(0, 1)
+
+
+def _invert_cholesky_(matrix: torch.Tensor, block: int = 4096) -> bool:
+    """Replace ``matrix`` ``[K, K]`` by the inverse of its lower Cholesky factor; False if it is not positive definite.
+
+    In place and block by block: the library's routines for a whole matrix need room for two to four more of its size.
+    """
+    size = len(matrix)
+    blocks = [slice(start, min(start + block, size)) for start in range(0, size, block)]
+    for here in blocks:
+        matrix[here, here], failed = torch.linalg.cholesky_ex(matrix[here, here])
+        if int(failed):
+            return False
+        corner, rest = matrix[here, here].T, slice(here.stop, size)
+        below = torch.linalg.solve_triangular(corner, matrix[rest, here], upper=True, left=False)
+        matrix[rest, here] = below
+        matrix[rest, rest].addmm_(below, below.T, alpha=-1)
+    matrix.tril_()
+    for here in blocks:
+        unit = torch.eye(here.stop - here.start, dtype=matrix.dtype, device=matrix.device)
+        inverse = torch.linalg.solve_triangular(matrix[here, here], unit, upper=False)
+        done = slice(0, here.start)
+        matrix[here, done] = -inverse @ (matrix[here, done] @ matrix[done, done])
+        matrix[here, here] = inverse
+    return True
 
 
 def output_errors(

@@ -17,7 +17,16 @@ from calibrate.fmpq import (
     outlier_last,
     round_trip_activation,
 )
-from calibrate.gptq import Compensation, corrected_targets, descend, gptq, hessian_error, output_errors, refit_rows
+from calibrate.gptq import (
+    Compensation,
+    _invert_cholesky_,
+    corrected_targets,
+    descend,
+    gptq,
+    hessian_error,
+    output_errors,
+    refit_rows,
+)
 from calibrate.grid import QuantizedLinear, dequantize, round_to_grid, search_grid
 from calibrate.rows import RowQuantizer
 from vllm_comet import checkpoint as fmt
@@ -108,6 +117,17 @@ def test_rows_quantise_alone_as_together(problem, group_size, devices, monkeypat
     assert len(weight) % 7 and len(weight) > 7 * devices and parts.codes.shape == whole.codes.shape
     assert (parts.codes != whole.codes).float().mean() < 0.01  # sums of other lengths round otherwise
     torch.testing.assert_close(parts.grid.row, whole.grid.row, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("block", [64, 96, 4096])
+def test_cholesky_factor_inverted_in_blocks(problem, block):
+    hessian = problem[2].double()
+    expected = torch.linalg.inv(torch.linalg.cholesky(hessian))
+    result = hessian.clone()
+    assert _invert_cholesky_(result, block)
+    torch.testing.assert_close(result, expected)
+    hessian[150, 150] = -1.0
+    assert not _invert_cholesky_(hessian, block)
 
 
 @pytest.mark.gpu
