@@ -11,6 +11,7 @@ import torch
 from calibrate.errors import CalibrationError
 from calibrate.grid import LOW, Grid
 from calibrate.rounding import COLUMNS, round_columns
+from calibrate.stats import reorder
 
 SWEEPS = 4
 """Of coordinate descent. On SmolLM2's layers the error falls by 4, 6, 7 and 8 % with them."""
@@ -108,8 +109,7 @@ def _inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float, 
 
     With J the reversal of order and ``J (H + λI) J = L Lᵀ``, ``U = J L⁻¹ J``: one factorisation and no inverse of H.
     """
-    reverse = order.flip(0)
-    factor = hessian[reverse.unsqueeze(1), reverse]
+    factor = reorder(hessian, order.flip(0))
     damp(factor, damping)
     if not _invert_cholesky_(factor):
         raise CalibrationError(f"the Hessian of {name} is not positive definite with --damping {damping}; give more "

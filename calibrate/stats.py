@@ -25,6 +25,12 @@ def products_of_bf16() -> Iterator[None]:
             backend.fp32_precision = precision
 
 
+def reorder(matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Rows and columns of ``matrix`` ``[K, K]`` in ``order``. A GPU would make one index for both two int64 ``[K, K]``.
+    """
+    return matrix.index_select(0, order).index_select(1, order)
+
+
 class InputStats:
     """Running statistics of one activation ``[..., K]``; all are float32.
 
@@ -65,9 +71,8 @@ class InputStats:
         if not bool(torch.isfinite(self._sum.diagonal()).all()):
             raise CalibrationError(f"the input of {self.name} is NaN or infinite on the calibration text; check the "
                                    "model's weights.")
-        index = order.unsqueeze(1), order
-        self._sum = self._sum[index].div_(self.tokens)
-        self._cross = self._cross[index].div_(self.tokens)
+        self._sum = reorder(self._sum, order).div_(self.tokens)
+        self._cross = reorder(self._cross, order).div_(self.tokens)
         drift = None if self._drift is None else self._drift[:, order].div_(self.tokens)
         taken = self._sum, self._cross, drift
         del self._sum, self._cross, self._drift
