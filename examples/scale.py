@@ -70,7 +70,7 @@ def measure(
     name: str, layers: int, samples: int, length: int, host_memory: int, gpu_memory: float | None, folder: str,
     limit: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """One row; no layer begins when ``limit`` seconds have passed."""
+    """One row; no layer begins that would end after ``limit`` seconds if it took as long as the one before."""
     begin = time.perf_counter()
     avoid_fragmentation()
     config = LlamaConfig(**_COMMON, **MODELS[name], architectures=["LlamaForCausalLM"])
@@ -103,7 +103,7 @@ def measure(
             calibrate_layer(weights, index, calibrator, workspace, streams)
             seconds.append(round(time.perf_counter() - start, 2))
             print(f"{name} layer {index}: {seconds[-1]} s", flush=True)
-            if time.perf_counter() - begin > limit:
+            if time.perf_counter() - begin + seconds[-1] > limit:
                 break
     steady = seconds[1:] or seconds
     return {"model": name, "samples": samples, "length": length, "layers": len(seconds), "of_layers": dims.layers,
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--host-memory", type=float, help="GiB of hidden states kept in memory (default: half of it)")
     parser.add_argument("--gpu-memory", type=float, help="GiB of GPU memory it may take, as on a card of that size")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no layer of a model after so long")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no layer that would end later")
     parser.add_argument("--folder", help="where working files go (default: the system's folder for such)")
     parser.add_argument("--commit", help="what was measured, where there is no git to ask")
     parser.add_argument("--out", type=Path, required=True)

@@ -25,7 +25,8 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 def source(path: Path, found: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "triton", "vllm", "transformers")
                          if found["versions"].get(name))
-    return f"[{path.name}](examples/results/{path.name}): {found['device']}, {versions}, `{found['command']}`"
+    text = f"[{path.name}](examples/results/{path.name}): {found['device']}, {versions}, `{found['command']}`"
+    return f"{text}. {found['note']}" if "note" in found else text
 
 
 def accuracy() -> Iterator[str]:
@@ -183,9 +184,10 @@ def serve() -> Iterator[str]:
         for model in dict.fromkeys(row["model"] for row in found["rows"]):
             rows = [row for row in found["rows"] if row["model"] == model and "error" not in row]
             base = next((mode for mode in BASELINES if any(row["mode"] == mode for row in rows)), BASELINES[0])
-            yield from ["", f"{model}: tokens/s, prompts included, and the ratio to {base}.", ""]
-            yield from throughput([row for row in rows if "@" not in row["workload"]], found["engines"], model, base)
             replayed = [row for row in rows if "@" in row["workload"]]
+            if len(replayed) < len(rows):
+                yield from ["", f"{model}: tokens/s, prompts included, and the ratio to {base}.", ""]
+                yield from throughput([row for row in rows if row not in replayed], found["engines"], model, base)
             if replayed:
                 yield from ["", f"{model}: requests with a trace's lengths and arrivals, ms at p50 / p99.", ""]
                 yield from table(["requests/s", "mode", "output tokens/s", "to the first token", "between tokens"], [
@@ -232,11 +234,12 @@ def throughput(
 def scale() -> Iterator[str]:
     for path in sorted(RESULTS.glob("scale-*.json")):
         found = json.loads(path.read_text())
-        yield ("**Calibrating large models**, random weights of the true shapes, 128 samples of 2048 tokens, one GPU. "
+        yield ("**Calibrating large models**, random weights of the true shapes, 128 samples of 2048 tokens. "
                f"{source(path, found)}")
         yield ""
-        yield from table(["model", "layers measured", "seconds a layer", "whole model", "GPU memory", "host memory"], [
-            [row["model"], f"{row['layers']} of {row['of_layers']}",
+        header = ["model", "GPUs", "layers measured", "seconds a layer", "whole model", "GPU memory", "host memory"]
+        yield from table(header, [
+            [row["model"], str(row["gpus"]), f"{row['layers']} of {row['of_layers']}",
              f"{mean(row['layer_seconds'][1:] or row['layer_seconds']):.1f}",
              f"{row['projected_minutes']:.0f} min{'' if row['layers'] == row['of_layers'] else ' (projected)'}",
              f"{row['gpu_peak_gib']:.1f} GiB", f"{row['host_peak_gib']:.1f} GiB"] for row in found["rows"]])

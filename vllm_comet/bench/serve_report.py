@@ -121,7 +121,7 @@ def _print_rows(rows: list[dict[str, Any]], model: str) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
-    """Bars of the speed over bf16, a group a workload, a panel a model; below, the replay's latencies, if any."""
+    """Bars of the speed over bf16, a group a workload, a panel a model; below, replays at several rates."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,7 +130,7 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
     models = list(dict.fromkeys(r["model"] for r in rows))
     if not models:
         return
-    panels = 2 if any("@" in r["workload"] for r in rows) else 1
+    panels = 2 if len({r["workload"] for r in rows if "@" in r["workload"]}) > 1 else 1
     size = 8 * len(models), 4.5 * panels
     figure, axes = plt.subplots(panels, len(models), figsize=size, squeeze=False, layout="constrained")
     for column, model in enumerate(models):
@@ -143,7 +143,8 @@ def plot(rows: list[dict[str, Any]], path: Path, device: str) -> None:
         axes[0][column].set_xticks([place + 0.3 for place in range(len(table))], list(table), rotation=15)
         axes[0][column].set(ylabel="tokens/s over bf16", title=f"{model}, {device}")
         axes[0][column].grid(alpha=0.3, axis="y")
-        axes[0][column].legend(fontsize="small", loc="lower right", framealpha=0.95)
+        if modes:
+            axes[0][column].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         if panels == 2:
             _plot_replay(axes[1][column], [r for r in rows if r["model"] == model and "error" not in r])
     figure.savefig(path, dpi=110)
@@ -159,4 +160,4 @@ def _plot_replay(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.set(xlabel="requests/s (azure-conv)", ylabel="ms", yscale="log")
     axis.grid(alpha=0.3)
     if replay:
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

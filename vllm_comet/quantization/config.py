@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.fused_moe import RoutedExperts
@@ -17,11 +17,14 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.quantization.compressed_tensors.utils import should_ignore_layer
 from vllm.model_executor.models.utils import WeightsMapper
+from vllm.platforms import current_platform
 
 from vllm_comet.checkpoint import QUANT_METHOD, CheckpointError, CometFormat, verify_checkpoint
 from vllm_comet.settings import Settings
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below "vllm"
+ADVISED_GRAPH_SIZE = 2048
+"""Tokens. On an H100, prompts of a chat trace at 16 requests a second waited half as long as with vLLM's default."""
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -75,6 +78,7 @@ class CometConfig(QuantizationConfig):
 
             vllm_config = get_current_vllm_config()
             install_fusion(vllm_config)
+            _advise_graph_size(vllm_config)
             return CometLinearMethod(self.format, prefix, Settings.load(vllm_config.additional_config))
         if isinstance(layer, (Attention, MLAAttention)) and self.format.kv_cache is not None:
             from vllm_comet.attention.select import select_kv_cache
@@ -91,3 +95,13 @@ def _verify_once(directory: Path) -> None:
     summary = verify_checkpoint(directory)
     logger.info("COMET checkpoint %s verified: %d quantised layers, %.2f GB, mean INT8 share %.1f %%.",
                 directory.name, len(summary.layers), summary.num_bytes / 1e9, 100 * summary.int8_share)
+
+
+def _advise_graph_size(vllm_config: VllmConfig) -> None:
+    """Say once that longer steps than CUDA graphs cover wait for the host; vLLM alone can choose that size."""
+    largest = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    advised = min(ADVISED_GRAPH_SIZE, vllm_config.scheduler_config.max_num_batched_tokens)
+    if current_platform.is_cuda_alike() and 0 < largest < advised:
+        logger.info_once("COMET: steps of more than %d tokens run without CUDA graphs and wait for the host. "
+                         "--max-cudagraph-capture-size %d shortens the time to the first token under load.",
+                         largest, advised)
