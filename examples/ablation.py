@@ -108,6 +108,7 @@ VARIANTS: dict[str, Variant] = {
                                             modes=("W4A8KV4", "W4AxKV4")),
     "weight groups of 128": Variant({"group_size": 128}),
     "KV groups of 64": Variant({"kv_group_size": 64}),
+    "KV groups of 32": Variant({"kv_group_size": 32}),
     "--rotate heads": Variant({"rotation": "heads"}),
     "--rotate all": Variant({"rotation": "all"}),
     "--tune 96": Variant(tune={"steps": 96}),
