@@ -36,8 +36,8 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tune", type=_positive, metavar="STEPS", default=0, help="experimental: then train scales "
                         "and norms end to end against the original model, about a hundred steps; holds both models in "
                         "memory, for a GPU")
-    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="hidden states stay on the GPU as far as this "
-                        "leaves room for one layer (default: 24, or most of a smaller GPU)")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="hidden states stay on the GPUs as far as "
+                        "this much of each leaves room for a layer's work (default: 24, or most of a smaller GPU)")
     parser.add_argument("--host-memory", type=float, metavar="GIB", help="hidden states beyond this go to files in "
                         "OUT.partial (default: half of the memory)")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")

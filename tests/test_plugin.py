@@ -103,20 +103,22 @@ def test_the_flag_on_a_model_that_is_no_comet_checkpoint_names_the_calibrator():
         CometConfig()
 
 
-@pytest.mark.parametrize("gpu, largest, tokens, advised", [
-    (True, 512, 8192, "more than 512 tokens .* --max-cudagraph-capture-size 2048"),
-    (True, 512, 1024, "--max-cudagraph-capture-size 1024"),
-    (True, 2048, 8192, None), (True, 512, 512, None), (True, 0, 8192, None), (True, None, 8192, None),
-    (False, 512, 8192, None),
+@pytest.mark.parametrize("gpu, mode, largest, tokens, advised", [
+    (True, "FULL_AND_PIECEWISE", 512, 8192, "more than 512 tokens .* --max-cudagraph-capture-size 2048"),
+    (True, "PIECEWISE", 512, 1024, "--max-cudagraph-capture-size 1024"),
+    (True, "PIECEWISE", 2048, 8192, None), (True, "PIECEWISE", 512, 512, None), (True, "PIECEWISE", None, 8192, None),
+    (True, "FULL_DECODE_ONLY", 512, 8192, None), (True, "NONE", 0, 8192, None), (False, "PIECEWISE", 512, 8192, None),
 ])
-def test_longer_cuda_graphs_are_advised_where_steps_can_exceed_them(monkeypatch, gpu, largest, tokens, advised):
+def test_longer_cuda_graphs_are_advised_where_steps_can_exceed_them(monkeypatch, gpu, mode, largest, tokens, advised):
+    from vllm.config import CUDAGraphMode
+
     from vllm_comet.quantization import config as module
 
     log = []
     monkeypatch.setattr(module, "current_platform", SimpleNamespace(is_cuda_alike=lambda: gpu))
     monkeypatch.setattr(module.logger, "info_once", lambda text, *args: log.append(text % args))
     module._advise_graph_size(SimpleNamespace(
-        compilation_config=SimpleNamespace(max_cudagraph_capture_size=largest),
+        compilation_config=SimpleNamespace(max_cudagraph_capture_size=largest, cudagraph_mode=CUDAGraphMode[mode]),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=tokens)))
     assert re.search(advised, log.pop()) if advised else not log
 
