@@ -83,8 +83,7 @@ def _hopper_candidates(n: int, k: int, m: int) -> list[Tile]:
         return Tile(block_m, block_n, split, warps, stages, group_n, depth, registers, ahead=ahead)
 
     if m > 256:
-        halved = [tile(form, 2, 8) for form in forms if form[2] == 4] if m <= 1024 else []  # a fuller last wave
-        return [tile(form, 1, group_n) for form in forms for group_n in (8, 16, 32)] + halved
+        return [tile(form, 1, group_n) for form in forms for group_n in (8, 16, 32)]
     waves = (1, 2, 4) if m <= 64 else (1, 1.5, 2, 3)
     tiles = [tile(form, split, 8) for form in forms for split in _splits(n, k, m, *form[:2], form[4], waves)]
     return tiles + (_small_candidates(m) if m <= 64 else [])
