@@ -25,7 +25,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--int8-share", type=_share, default=0.16, help="most of all channels that may stay INT8 "
                         "(default: %(default)s)")
     parser.add_argument("--kv-group-size", type=int, choices=KV_GROUP_SIZES, help="channels of a KV scale "
-                        "(default: head_dim, at most 128; 32 for head_dim up to 64)")
+                        "(default: 128 for heads of 128, else 32)")
     parser.add_argument("--no-kv4", action="store_true", help="leave the KV cache in bf16")
     parser.add_argument("--tensor-parallel", type=_positive, help="largest tensor-parallel size to serve at (default: "
                         "what the shapes allow, at most 8)")

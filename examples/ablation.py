@@ -107,6 +107,7 @@ VARIANTS: dict[str, Variant] = {
     "INT4 activations not clipped": Variant(patches={"vllm_comet.kernels.act_quant.CLIP": 1.0},
                                             modes=("W4A8KV4", "W4AxKV4")),
     "weight groups of 128": Variant({"group_size": 128}),
+    "KV groups of 128": Variant({"kv_group_size": 128}),
     "KV groups of 64": Variant({"kv_group_size": 64}),
     "KV groups of 32": Variant({"kv_group_size": 32}),
     "--rotate heads": Variant({"rotation": "heads"}),

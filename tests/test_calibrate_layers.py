@@ -12,6 +12,7 @@ from calibrate.fused import split_tensors
 from calibrate.kv_smooth import PairTransform, fold, smooth_k
 from calibrate.loading import ModelSource
 from calibrate.models import Dims, choose_tensor_parallel, family_of
+from calibrate.pipeline import Options, kv_format
 from calibrate.rotate import RotatedSource
 from calibrate.simulate import load_base
 
@@ -85,6 +86,13 @@ def test_folded_down_permutation_leaves_the_output_unchanged(model):
 ])
 def test_tensor_parallel_choice(dims, requested, expected):
     assert choose_tensor_parallel(dims, requested) == expected
+
+
+@pytest.mark.parametrize(("head_dim", "requested", "expected"), [
+    (64, None, 32), (96, None, 32), (128, None, 128), (256, None, 32), (64, 64, 64), (256, 128, 128),
+])
+def test_kv_group_size_choice(head_dim, requested, expected):
+    assert kv_format(Options(kv_group_size=requested), Dims(1024, 2048, 8, 4, head_dim, 2)).group_size == expected
 
 
 def test_tensor_parallel_refusal_names_layer_and_allowed_sizes():

@@ -38,6 +38,8 @@ class Shape(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int
+    group_size: int = 128
+    """Channels with one scale, at most; of ``comet-int4``."""
 
 
 MODELS = {
@@ -45,9 +47,12 @@ MODELS = {
     "70b": Shape(64, 8, 128),
     "7-per-group": Shape(56, 8, 128),
     "head-dim-64": Shape(32, 8, 64),
+    "head-dim-64-groups-32": Shape(32, 8, 64, 32),
     "head-dim-256": Shape(32, 8, 256),
+    "head-dim-256-groups-64": Shape(32, 8, 256, 64),
+    "head-dim-256-groups-32": Shape(32, 8, 256, 32),
 }
-VARIATIONS = ("7-per-group", "head-dim-64", "head-dim-256")
+VARIATIONS = tuple(name for name in MODELS if name not in ("8b", "70b"))
 """Of 8b, to see what the shape of the heads costs: decode only, beside FlashAttention-3 in bf16 only."""
 DECODE = [(1, 4096), (1, 16384), (1, 65536), (1, 131072), (16, 4096), (32, 8192), (64, 2048), (128, 1024)]
 PREFILL = [(16, 4096)]
@@ -75,12 +80,12 @@ def _pool_tokens(batch: int, context: int, token_bytes: int) -> int:
 
 
 class Comet:
-    """The kernels of this package; groups of head_dim channels, at most 128."""
+    """The kernels of this package."""
 
     name = "comet-int4"
 
     def __init__(self, shape: Shape, tokens: int):
-        self.shape, self.group_size = shape, min(shape.head_dim, 128)
+        self.shape, self.group_size = shape, min(shape.head_dim, shape.group_size)
         content = bytes_per_token(shape.head_dim, self.group_size)
         self.token_bytes = shape.kv_heads * content
         pages = -(-tokens // BLOCK)
@@ -262,7 +267,7 @@ def _store_us(mode: str, shape: Shape, tokens: int, copies: int = 6) -> float:
     """Storing ``tokens`` new tokens, or copying as many bytes as that reads and writes."""
     inputs = torch.randn(copies, 2, tokens, shape.kv_heads, shape.head_dim, dtype=torch.bfloat16, device="cuda")
     if mode == "copy":
-        stored = bytes_per_token(shape.head_dim, min(128, shape.head_dim))
+        stored = bytes_per_token(shape.head_dim, min(shape.group_size, shape.head_dim))
         moved = shape.kv_heads * tokens * (4 * shape.head_dim + stored)
         pairs = [torch.empty(2, moved // 2, dtype=torch.uint8, device="cuda") for _ in range(copies)]
         return graph_us([lambda p=p: p[0].copy_(p[1]) for p in pairs])
