@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
@@ -24,6 +25,8 @@ _INDEX = "model.safetensors.index.json"
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 _DIGIT_SPLITTING = ("smollm",)
 """``tokenizer.ggml.pre`` values whose pre-tokenizer splits digits; transformers' GGUF reader drops that step."""
+_WORDS = 100
+"""Words of a GGUF file's vocabulary that its tokenizer is tried on."""
 
 
 class ModelSource:
@@ -184,6 +187,20 @@ def convert_gguf(path: Path, directory: Path) -> None:
         _split_digits(directory / "tokenizer.json")
     if adds_bos is not None and adds_bos.contents():
         _begin_with_bos(directory)
+    _check_words(AutoTokenizer.from_pretrained(directory), path)
+
+
+def _check_words(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Raise CalibrationError for a tokenizer that splits its own words, as transformers 5.17 reads Gemma's."""
+    words = [(token[1:], i) for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+             if re.fullmatch("[▁Ġ][A-Za-z]{5,}", token)][:_WORDS]
+    encoded = tokenizer([f" {word}" for word, _ in words], add_special_tokens=False)["input_ids"] if words else []
+    split = [word for (word, i), ids in zip(words, encoded, strict=True) if i not in ids]
+    if 2 * len(split) > len(words):
+        raise CalibrationError(
+            f"transformers {transformers.__version__} misreads the tokenizer of {path}: it splits {len(split)} of "
+            f"{len(words)} words that are tokens, such as {split[0]!r}. Use a newer transformers, or a Hugging Face "
+            "folder.")
 
 
 def _save_generation_config(model: torch.nn.Module, directory: Path) -> None:

@@ -26,7 +26,7 @@ def interleave_rope(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model: torch.nn.Module, pre: str, add_bos: bool) -> None:
+def write_gguf(path: Path, model: torch.nn.Module, pre: str, add_bos: bool, words: tuple[str, ...] = ()) -> None:
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -42,7 +42,7 @@ def write_gguf(path: Path, model: torch.nn.Module, pre: str, add_bos: bool) -> N
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "12"]
+    tokens = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "12", *words]
     tokens += [f"<{i}>" for i in range(config.vocab_size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre)
@@ -82,6 +82,13 @@ def test_gguf_becomes_an_equal_hugging_face_folder(tmp_path, pre, pieces, add_bo
         assert (tokenizer("12")["input_ids"][0] == tokenizer.bos_token_id) == add_bos
         folder = source.directory
     assert not folder.exists()
+
+
+def test_tokenizer_that_splits_its_own_words_is_refused(tmp_path):
+    write_gguf(tmp_path / "tiny.gguf", tiny_model("Llama"), "gpt-2", False, words=("Ġbrown", "Ġquick"))  # no merges
+    with pytest.raises(CalibrationError, match=r"it splits 2 of 2 words that are tokens, such as 'brown'"), open_model(
+        str(tmp_path / "tiny.gguf")):
+        pass
 
 
 def test_file_that_is_no_gguf_is_refused(tmp_path):
