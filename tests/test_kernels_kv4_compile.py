@@ -20,7 +20,13 @@ D, BLOCK = 128, 16
 SHAPE = {"GROUP": 4, "D": D, "GROUPS": 1, "BLOCK": BLOCK, "LANES": 32}
 KERNELS = {
     "plan": (kv4_decode._plan_kernel, {"MAX_REQUESTS": 128, "T": 64, "CHUNK": 1024}, 1),
-    "decode": (kv4_decode._decode_kernel, SHAPE | {"T": 64, "ROWS": 8, "PART_ROWS": 4}, 1),
+    "decode": (kv4_decode._decode_kernel, SHAPE | {"T": 64, "ROWS": 8, "PART_ROWS": 4, "CUTS": 1}, 1),
+    # planes of 64 lanes cut in two, as they span groups
+    "decode-256-32": (
+        kv4_decode._decode_kernel,
+        SHAPE | {"D": 256, "GROUPS": 8, "T": 32, "ROWS": 8, "PART_ROWS": 4, "CUTS": 2},
+        1,
+    ),
     "merge": (kv4_decode._merge_kernel, {"GROUP": 4, "D": D, "PART_ROWS": 4, "E": 128, "CHUNK": 8}, 1),
     "prefill": (kv4_prefill._prefill_kernel, SHAPE | {"T": 128, "QUERIES": 32, "HEADS": 4}, 8),
     # planes of 24 lanes that span groups
@@ -63,12 +69,12 @@ def compiled(name, arch):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter does not compile")
 @pytest.mark.parametrize(
     ("name", "arch"),
-    [("decode", 80), ("decode", 89), ("decode", 90), ("prefill", 80), ("prefill", 90), ("prefill-96-32", 90),
-     ("plan", 90), ("merge", 90), ("gather", 90), ("store", 80), ("store", 90)],
+    [("decode", 80), ("decode", 89), ("decode", 90), ("decode-256-32", 90), ("prefill", 80), ("prefill", 90),
+     ("prefill-96-32", 90), ("plan", 90), ("merge", 90), ("gather", 90), ("store", 80), ("store", 90)],
 )  # fmt: skip
 def test_compiles(name, arch):
     ptx = compiled(name, arch).asm["ptx"]
-    if name == "decode":  # tensor cores, asynchronous copies, and nibbles unpacked two at a time
+    if name.startswith("decode"):  # tensor cores, asynchronous copies, and nibbles unpacked two at a time
         assert "mma.sync.aligned.m16n8k16" in ptx and "cp.async" in ptx
         assert len(re.findall(r"and\.b32 [^;]*0x000F000F", ptx)) >= 64
     if name == "prefill":

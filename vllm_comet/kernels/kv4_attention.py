@@ -8,8 +8,8 @@ tensor cores multiply exactly: unpacking is one AND for two values, with no conv
     score[q, t] = Σ_g  K scale[t, g] · c · Σ_{i in g} q_i · code_i  +  K zero[t, g] · c · Σ_{i in g} q_i
     out[q, i]   = Σ_t  (p[q, t] · V scale[t, g]) · code_i           +  Σ_t p[q, t] · V zero[t, g]
 
-Decode does this, as it meets every K and V once. Where a group is not a whole number of lane planes (head_dim 96 or 256
-with groups of 32), and in prefill, where a K and V serve many queries, they are dequantised in registers instead.
+Decode does this, as it meets every K and V once; where a lane plane spans groups (head_dim 96 or 256 with groups of
+32), slice by slice. In prefill, where a K and V serve many queries, they are dequantised in registers instead.
 """
 
 from __future__ import annotations

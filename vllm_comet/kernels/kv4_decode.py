@@ -17,7 +17,7 @@ import torch
 
 from vllm_comet.kernels._triton import Launcher, cdiv, require_triton, tl, triton
 from vllm_comet.kernels.act_quant import pdl_supported
-from vllm_comet.kernels.kv4_attention import dequantize, meta_scale, meta_zero, nibbles
+from vllm_comet.kernels.kv4_attention import meta_scale, meta_zero, nibbles
 from vllm_comet.kernels.kv4_cache import check_pages
 
 MAX_GROUP = 16
@@ -74,17 +74,16 @@ def _decode_kernel(
     q_ptr, codes_ptr, meta_ptr, table_ptr, out_ptr, parts_ptr, partial_ptr, lse_ptr,
     window, scale_log2, stride_q: tl.int64, stride_out: tl.int64, stride_table: tl.int64, stride_page, stride_head,
     GROUP: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, T: tl.constexpr,
-    ROWS: tl.constexpr, PART_ROWS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
+    ROWS: tl.constexpr, PART_ROWS: tl.constexpr, CUTS: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (programs, H), one warp each. Tokens are the rows of the tensor-core instructions, query heads the columns.
 
-    Strides of the cache are in int16. LANES is D / 4 and ROWS the query heads, rounded up to what a dot takes.
+    Strides of the cache are in int16. The planes are cut in CUTS slices each, so that none spans groups: a scale leaves
+    the product of a slice. LANES is the lanes of a slice and ROWS the query heads, rounded up to what a dot takes.
     """
     L: tl.constexpr = D // 4
-    GROUP_SIZE: tl.constexpr = D // GROUPS
-    EXPAND: tl.constexpr = GROUP_SIZE % L != 0  # a plane spans groups: dequantise, as scales can't leave the product
-    FOLDS: tl.constexpr = 1 if EXPAND else GROUPS  # groups whose scale and zero-point fold into scores and output
-    PLANES: tl.constexpr = 4 // FOLDS  # planes per such group
+    S: tl.constexpr = L // CUTS
+    SLICES: tl.constexpr = 4 * CUTS // GROUPS  # slices per group; slice i holds channels i · S to (i + 1) · S
     part = tl.program_id(0)
     head = tl.program_id(1)
     request = tl.load(parts_ptr + 8 * part)
@@ -101,29 +100,29 @@ def _decode_kernel(
     row = tl.arange(0, ROWS)
     lane = tl.arange(0, LANES)
     token = tl.arange(0, T)
-    lane_ok = lane < L
+    lane_ok = lane < S
     row_ok = row < GROUP
 
     q_at = q_ptr + request * stride_q + (head * GROUP + row)[:, None] * D + lane[None, :]
     q = ()
     q_sum = ()
-    for g in tl.static_range(FOLDS):
+    for g in tl.static_range(GROUPS):
         sum_g = tl.zeros((ROWS,), tl.float32)
-        for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
-            plane = tl.load(q_at + i * L, mask=row_ok[:, None] & lane_ok[None, :], other=0.0).to(tl.float16)
-            sum_g += tl.sum(plane.to(tl.float32), 1)
-            if i % 2 == 1 and not EXPAND:
-                plane = (plane * 0.0625).to(tl.float16)  # odd planes hold 16 · code
-            q = q + (tl.trans(plane),)
+        for i in tl.static_range(g * SLICES, (g + 1) * SLICES):
+            q_i = tl.load(q_at + i * S, mask=row_ok[:, None] & lane_ok[None, :], other=0.0).to(tl.float16)
+            sum_g += tl.sum(q_i.to(tl.float32), 1)
+            if i // CUTS % 2 == 1:
+                q_i = (q_i * 0.0625).to(tl.float16)  # odd planes hold 16 · code
+            q = q + (tl.trans(q_i),)
         q_sum = q_sum + ((sum_g * scale_log2)[None, :],)
 
     m = tl.full((ROWS,), -1e30, tl.float32)
     den = tl.zeros((ROWS,), tl.float32)
     z = ()
     o = ()
-    for _ in tl.static_range(FOLDS):
+    for _ in tl.static_range(GROUPS):
         z = z + (tl.zeros((ROWS,), tl.float32),)
-    for _ in tl.static_range(4):
+    for _ in tl.static_range(4 * CUTS):
         o = o + (tl.zeros((LANES, ROWS), tl.float32),)
 
     table = table_ptr + request * stride_table
@@ -140,24 +139,22 @@ def _decode_kernel(
         page = tl.load(table + index, mask=index < pages, other=0)
         base = page.to(tl.int64) * stride_page + head * stride_head
         at = base + in_page * L
-        k = tl.load(codes_ptr + at[:, None] + lane[None, :], mask=lane_ok[None, :], other=0)
-        v = tl.load(codes_ptr + (at + BLOCK * L)[None, :] + lane[:, None], mask=lane_ok[:, None], other=0)
+        k = ()
+        v = ()
+        for c in tl.static_range(CUTS):
+            cut = c * S + lane
+            k = k + (tl.load(codes_ptr + at[:, None] + cut[None, :], mask=lane_ok[None, :], other=0),)
+            v = v + (tl.load(codes_ptr + (at + BLOCK * L)[None, :] + cut[:, None], mask=lane_ok[:, None], other=0),)
         meta_at = meta_ptr + base // 2 + (BLOCK * L + in_page * GROUPS)
 
         s = tl.where(ok, 0.0, -1e30)[:, None]
-        if EXPAND:
-            real = ok[:, None] & lane_ok[None, :]
-            for i in tl.static_range(4):
-                x = dequantize(k, i, meta_at[:, None], lane[None, :], real, L, GROUP_SIZE)
-                s += tl.dot(x.to(tl.float16), q[i]) * scale_log2
-        else:
-            for g in tl.static_range(FOLDS):
-                meta = tl.load(meta_at + g, mask=ok, other=0)
-                dot = tl.zeros((T, ROWS), tl.float32)
-                for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
-                    dot = tl.dot(nibbles(k, i), q[i], dot)
-                s += dot * (meta_scale(meta) * (scale_log2 * 16777216.0))[:, None]
-                s += q_sum[g] * meta_zero(meta)[:, None]
+        for g in tl.static_range(GROUPS):
+            meta = tl.load(meta_at + g, mask=ok, other=0)
+            dot = tl.zeros((T, ROWS), tl.float32)
+            for i in tl.static_range(g * SLICES, (g + 1) * SLICES):
+                dot = tl.dot(nibbles(k[i % CUTS], i // CUTS), q[i], dot)
+            s += dot * (meta_scale(meta) * (scale_log2 * 16777216.0))[:, None]
+            s += q_sum[g] * meta_zero(meta)[:, None]
 
         m_new = tl.maximum(m, tl.max(s, 0))
         alpha = tl.exp2(m - m_new)
@@ -167,20 +164,13 @@ def _decode_kernel(
         z_new = ()
         o_new = ()
         meta_at += BLOCK * GROUPS
-        if EXPAND:
-            z_new = z
-            real = lane_ok[:, None] & ok[None, :]
-            for i in tl.static_range(4):
-                x = dequantize(v, i, meta_at[None, :], lane[:, None], real, L, GROUP_SIZE)
-                o_new = o_new + (tl.dot(x.to(tl.float16), p.to(tl.float16), o[i] * alpha[None, :]),)
-        else:
-            for g in tl.static_range(FOLDS):
-                meta = tl.load(meta_at + g, mask=ok, other=0)
-                z_new = z_new + (z[g] * alpha + tl.sum(p * meta_zero(meta)[:, None], 0),)
-                # exact up to a scale of 1023, a range of 15,000 in a group
-                pv = (p * tl.minimum(meta_scale(meta), 1023.0)[:, None]).to(tl.float16)
-                for i in tl.static_range(g * PLANES, (g + 1) * PLANES):
-                    o_new = o_new + (tl.dot(nibbles(v, i), pv, o[i] * alpha[None, :]),)
+        for g in tl.static_range(GROUPS):
+            meta = tl.load(meta_at + g, mask=ok, other=0)
+            z_new = z_new + (z[g] * alpha + tl.sum(p * meta_zero(meta)[:, None], 0),)
+            # exact up to a scale of 1023, a range of 15,000 in a group
+            pv = (p * tl.minimum(meta_scale(meta), 1023.0)[:, None]).to(tl.float16)
+            for i in tl.static_range(g * SLICES, (g + 1) * SLICES):
+                o_new = o_new + (tl.dot(nibbles(v[i % CUTS], i // CUTS), pv, o[i] * alpha[None, :]),)
         z = z_new
         o = o_new
 
@@ -190,13 +180,13 @@ def _decode_kernel(
         tl.store(lse_ptr + slot * PART_ROWS + row, m + tl.log2(den), mask=row < PART_ROWS)
     out_at = out_ptr + request * stride_out + (head * GROUP + row)[None, :] * D + lane[:, None]
     partial_at = partial_ptr + (slot * D + lane)[:, None] * PART_ROWS + row[None, :]
-    for i in tl.static_range(4):
-        unit = 1.0 if EXPAND else 16777216.0 if i % 2 == 0 else 1048576.0  # nibbles are code · 2⁻²⁴, in odd planes 2⁻²⁰
-        o_i = o[i] * (inverse * unit)[None, :] + (z[0 if EXPAND else i // PLANES] * inverse)[None, :]
+    for i in tl.static_range(4 * CUTS):
+        unit = 16777216.0 if i // CUTS % 2 == 0 else 1048576.0  # nibbles are code · 2⁻²⁴, in odd planes 2⁻²⁰
+        o_i = o[i] * (inverse * unit)[None, :] + (z[i // SLICES] * inverse)[None, :]
         if whole == 1:
-            tl.store(out_at + i * L, o_i, mask=lane_ok[:, None] & row_ok[None, :])
+            tl.store(out_at + i * S, o_i, mask=lane_ok[:, None] & row_ok[None, :])
         else:
-            tl.store(partial_at + i * L * PART_ROWS, o_i, mask=lane_ok[:, None] & (row < PART_ROWS)[None, :])
+            tl.store(partial_at + i * S * PART_ROWS, o_i, mask=lane_ok[:, None] & (row < PART_ROWS)[None, :])
 
 
 @triton.jit
@@ -321,12 +311,15 @@ def _decode(
         raise ValueError(f"{num_heads} query heads over {num_kv_heads} KV heads; allowed: 1 to {MAX_GROUP} per one.")
     if tile.tokens % block_size and block_size % tile.tokens:
         raise ValueError(f"block size {block_size}; allowed: multiples and divisors of {tile.tokens}.")
-    expand = group_size % (head_dim // 4) != 0
+    lanes = math.gcd(head_dim // 4, group_size)  # of a slice
+    cuts = head_dim // 4 // lanes
+    # Of many groups the loop would spill, and more than the L1 beside the tiles holds; the programs fit all the same.
+    registers = 255 if cuts > 1 else tile.registers
     return Launcher(
         _decode_kernel, GROUP=group, D=head_dim, GROUPS=head_dim // group_size, BLOCK=block_size, T=tile.tokens,
         ROWS=8 if group <= 8 else 16, PART_ROWS=_part_rows(num_heads, num_kv_heads),
-        LANES=max(16, triton.next_power_of_2(head_dim // 4)), PDL=pdl, num_warps=1,
-        num_stages=1 if expand else tile.stages, maxnreg=tile.registers)
+        CUTS=cuts, LANES=max(16, triton.next_power_of_2(lanes)), PDL=pdl, num_warps=1,
+        num_stages=tile.stages, maxnreg=registers)
 
 
 @functools.cache
