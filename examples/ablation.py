@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from calibrate.data import load_text, token_windows
 from calibrate.export import REPORT
 from calibrate.fmpq import Candidate, act_bits, allocate
-from calibrate.gptq import Compensation, output_errors
+from calibrate.gptq import Compensation
 from calibrate.grid import round_to_grid
 from calibrate.loading import ModelSource, open_model
 from calibrate.models import LINEAR_INPUTS, Dims
@@ -60,11 +60,6 @@ class Variant:
     modes: tuple[str, ...] = tuple(MODES)
 
 
-def _keep(*found: Any) -> Any:
-    """Instead of a function that improves its first argument."""
-    return found[0]
-
-
 def _unordered(hessian: torch.Tensor, damping: float, name: str, of: Callable = Compensation.of) -> Compensation:
     """Compensation without act-order: descending diagonals would keep the stored order."""
     with patch("calibrate.gptq.torch.argsort", lambda d, **_: torch.arange(len(d), device=d.device)):
@@ -76,23 +71,16 @@ def _diagonal(hessian: torch.Tensor, damping: float, name: str, of: Callable = C
     return replace(of(hessian, damping, name), importance=hessian.diagonal().clone())
 
 
-def _part(share: float) -> Callable:
-    """``output_errors`` of which only ``share`` is to be made good."""
-    return lambda *inputs: [share * error for error in output_errors(*inputs)]
-
-
 VARIANTS: dict[str, Variant] = {
     "default": Variant(),
     "rounding to nearest": Variant(patches={"calibrate.rows.gptq": lambda w, _, grid: round_to_grid(w, grid),
                                             "calibrate.layer.Compensation.of": _diagonal,
                                             "calibrate.rows.SWEEPS": 0}),
-    "no corrected targets": Variant(patches={"calibrate.layer.corrected_targets": _keep}),
-    "targets corrected by half": Variant(patches={"calibrate.layer.output_errors": _part(0.5)}),
-    "targets corrected by a quarter": Variant(patches={"calibrate.layer.output_errors": _part(0.25)}),
+    "no corrected targets": Variant(patches={"calibrate.gptq.CORRECTION": 0.0}),
+    "targets corrected in full": Variant(patches={"calibrate.gptq.CORRECTION": 1.0}),
+    "targets corrected by a quarter": Variant(patches={"calibrate.gptq.CORRECTION": 0.25}),
     "damping 0.01": Variant({"damping": 0.01}),
     "damping 0.3": Variant({"damping": 0.3}),
-    "damping 0.01, targets corrected by half": Variant({"damping": 0.01},
-                                                       {"calibrate.layer.output_errors": _part(0.5)}),
     "three times the samples": Variant({"samples": 384}),
     "no act-order": Variant(patches={"calibrate.layer.Compensation.of": _unordered}),
     "no coordinate descent": Variant(patches={"calibrate.rows.SWEEPS": 0}),

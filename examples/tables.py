@@ -112,7 +112,7 @@ def _ours(path: Path, counts: list[str]) -> list[list[str]]:
         windows = str(rows["bf16"]["windows"])
         wanted = (("bf16", "bf16", "bf16"), ("COMET W4A8 g64", "default", "W4A8"),
                   ("COMET W4A8KV4 g64", "default", DEFAULT_MODE),
-                  ("COMET W4A8KV4 g64, KV groups of 32", "KV groups of 32", DEFAULT_MODE),
+                  ("COMET W4A8KV4 g64, KV groups of 128", "KV groups of 128", DEFAULT_MODE),
                   ("COMET W4A8KV4 g128", "weight groups of 128", DEFAULT_MODE))
         return [[label, *_cells({"ppl": {windows: rows[variant]["ppl"][mode]}}, counts), _percent(rows[variant], mode)]
                 for label, variant, mode in wanted if variant in rows]
@@ -164,17 +164,27 @@ def gemm_speeds(rows: list[dict[str, Any]]) -> list[str]:
 def attention() -> Iterator[str]:
     for path in sorted(RESULTS.glob("attention-*.json")):
         found = json.loads(path.read_text())
-        time = {(r["batch"], r["context"], r["mode"]): r["us"] for r in found["rows"]
-                if r["model"] == "8b" and r["phase"] == "decode"}
-        cells = sorted({key[:2] for key in time})
+        time = {(r["model"], r["batch"], r["context"], r["mode"]): r["us"] for r in found["rows"]
+                if r["phase"] == "decode"}
+        cells = sorted({key[1:3] for key in time})
+
+        def over(mode: str, *cell: Any, time: dict[Any, float] = time) -> str:
+            return f"{time[*cell, mode] / time[*cell, 'comet-int4']:.2f}"
+
         yield ("**Decode attention over the 4-bit cache**, 32 query and 8 KV heads of 128, CUDA-graph replays. "
                f"{source(path, found)}")
         yield ""
-        header = ["batch, context", "µs", "over FA3 bf16", "over FA3 FP8 KV", "over vLLM's int4_per_token_head"]
-        yield from table(header, [
-            [f"{batch}, {context:,}", f"{time[batch, context, 'comet-int4']:.1f}",
-             *(f"{time[batch, context, mode] / time[batch, context, 'comet-int4']:.2f}"
-               for mode in ("fa3-bf16", "fa3-fp8", "vllm-int4"))] for batch, context in cells])
+        peers = {"fa3-bf16": "over FA3 bf16", "fa3-fp8": "over FA3 FP8 KV",
+                 "vllm-int4": "over vLLM's int4_per_token_head"}
+        yield from table(["batch, context", "µs", *peers.values()], [
+            [f"{batch}, {context:,}", f"{time['8b', batch, context, 'comet-int4']:.1f}",
+             *(over(mode, "8b", batch, context) for mode in peers)] for batch, context in cells])
+        yield ""
+        yield "The same with other heads, over FA3 bf16:"
+        yield ""
+        models = [model for model in dict.fromkeys(key[0] for key in time) if model != "8b"]
+        yield from table(["", *(f"{batch}, {context:,}" for batch, context in cells)], [
+            [model, *(over("fa3-bf16", model, *cell) for cell in cells)] for model in models])
         yield ""
 
 
