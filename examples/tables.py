@@ -112,6 +112,7 @@ def _ours(path: Path, counts: list[str]) -> list[list[str]]:
         windows = str(rows["bf16"]["windows"])
         wanted = (("bf16", "bf16", "bf16"), ("COMET W4A8 g64", "default", "W4A8"),
                   ("COMET W4A8KV4 g64", "default", DEFAULT_MODE),
+                  ("COMET W4A8KV4 g64, targets corrected by half", "targets corrected by half", DEFAULT_MODE),
                   ("COMET W4A8KV4 g64, KV groups of 128", "KV groups of 128", DEFAULT_MODE),
                   ("COMET W4A8KV4 g128", "weight groups of 128", DEFAULT_MODE))
         return [[label, *_cells({"ppl": {windows: rows[variant]["ppl"][mode]}}, counts), _percent(rows[variant], mode)]
