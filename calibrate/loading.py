@@ -194,7 +194,7 @@ def _check_words(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Raise CalibrationError for a tokenizer that splits its own words, as transformers 5.17 reads Gemma's."""
     words = [(token[1:], i) for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
              if re.fullmatch("[▁Ġ][A-Za-z]{5,}", token)][:_WORDS]
-    encoded = tokenizer([f" {word}" for word, _ in words], add_special_tokens=False)["input_ids"] if words else []
+    encoded = tokenizer([f"a {word}" for word, _ in words], add_special_tokens=False)["input_ids"] if words else []
     split = [word for (word, i), ids in zip(words, encoded, strict=True) if i not in ids]
     if 2 * len(split) > len(words):
         raise CalibrationError(
