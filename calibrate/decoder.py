@@ -22,9 +22,10 @@ from calibrate.models import Dims, Family, layer_type
 from vllm_comet.kernels.kv4_cache import dequantize_kv_ref, quantize_kv_ref
 
 
-def round_trip_kv(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """``x`` ``[..., D]`` as the 4-bit cache returns it, in x's dtype."""
-    return dequantize_kv_ref(*quantize_kv_ref(x, group_size)).to(x.dtype)
+def round_trip_kv(x: torch.Tensor, group_size: int, offset: torch.Tensor | None = None) -> torch.Tensor:
+    """``x`` ``[..., heads, T, D]`` as the 4-bit cache returns it, in x's dtype: without ``offset`` ``[heads, D]``."""
+    stored = x if offset is None else x.to(torch.float32) - offset.unsqueeze(-2)
+    return dequantize_kv_ref(*quantize_kv_ref(stored, group_size)).to(x.dtype)
 
 
 class DecoderBuilder:
@@ -67,8 +68,12 @@ class DecoderBuilder:
         scaled = hidden * self.config.hidden_size**0.5 if self.family.scaled_embedding else hidden
         return scaled.to(self.hidden_dtype)
 
-    def rotary(self, hidden: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+    def rotary(
+        self, hidden: torch.Tensor, index: int, positions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of RoPE in ``hidden``'s dtype, at ``positions`` ``[T]`` or, without them, at its tokens."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device) if positions is None else positions
+        positions = positions.unsqueeze(0)
         if self.family.scaled_embedding:  # Gemma 3 has one RoPE base per layer type
             return self._rotary(hidden, positions, layer_type(self.config, index))
         return self._rotary(hidden, positions)

@@ -16,10 +16,10 @@ from calibrate.gptq import Compensation, corrected_targets, damp, hessian_error,
 from calibrate.grid import QuantizedLinear
 from calibrate.hidden import Streams, release_cached_memory
 from calibrate.kv_smooth import smooth_k
-from calibrate.models import DOWN, GATE_UP, LINEAR_INPUTS, OUT, QKV, LinearInput, rotates_whole_head
+from calibrate.models import DOWN, GATE_UP, LINEAR_INPUTS, OUT, QKV, LinearInput
 from calibrate.rows import RowQuantizer
 from calibrate.stats import InputStats
-from vllm_comet.checkpoint import CometFormat, num_blocks
+from vllm_comet.checkpoint import K_OFFSET, CometFormat, num_blocks
 
 _ROWS = 512
 """Tokens on which the activation error of a linear is measured."""
@@ -50,8 +50,9 @@ class LayerCalibrator:
         layer, exact = self.builder.build(index, tensors), self.builder.build(index, tensors, self.builder.dtype)
         job = _LayerJob(self, layer, index, streams.tokens)
         s = streams
-        if self.kv_group_size is not None and rotates_whole_head(self.builder.config):
-            job.report["kv_smoothing"] = smooth_k(layer, layer.attention_input(s.hidden[0]), self.kv_group_size)
+        if self.kv_group_size is not None:
+            job.k_offset, job.report["kv_smoothing"] = smooth_k(
+                layer, layer.attention_input(s.hidden[0]), self.kv_group_size)
 
         def out_inputs() -> Iterator[tuple]:
             for i, (h, e) in enumerate(zip(s.hidden, s.exact, strict=True)):
@@ -89,6 +90,7 @@ class _LayerJob:
         self.owner, self.layer, self.index, self.tokens = owner, layer, index, tokens
         self.done: dict[str, QuantizedLinear] = {}
         self.report: dict[str, Any] = {}
+        self.k_offset: torch.Tensor | None = None
 
     def quantize(self, linear_input: LinearInput, inputs: Iterable[tuple]) -> None:
         """Quantise the members of ``linear_input`` from their common ``inputs`` and put the result in the layer."""
@@ -188,6 +190,8 @@ class _LayerJob:
         for name, parameter in self.layer.module.named_parameters():
             if name.removesuffix(".weight") not in self.done:
                 tensors[name] = parameter.detach().cpu().to(torch.bfloat16)
+        if self.k_offset is not None:
+            tensors[f"self_attn.{K_OFFSET}"] = self.k_offset.cpu()
         return tensors
 
 

@@ -82,7 +82,7 @@ def kv_format(options: Options, dims: Dims) -> fmt.KVCacheFormat | None:
     size = options.kv_group_size or (128 if dims.head_dim == 128 else 32)
     if size not in allowed:
         raise CalibrationError(f"--kv-group-size {size} does not fit head_dim {dims.head_dim}; allowed: {allowed}.")
-    return fmt.KVCacheFormat(size)
+    return fmt.KVCacheFormat(size, k_offset=True)
 
 
 def prepare(source: ModelSource, options: Options, limits: Limits = _NO_LIMITS) -> tuple[Plan, torch.Tensor]:
@@ -158,7 +158,8 @@ def load_quantized(
     builder: DecoderBuilder, index: int, tensors: dict[str, torch.Tensor], comet: fmt.CometFormat
 ) -> DecoderLayer:
     """The decoder layer that computes with the dequantised weights of ``tensors`` (names relative to the layer)."""
-    plain = {name: t for name, t in tensors.items() if name.rsplit(".", 1)[1] not in fmt.COMET_SUFFIXES}
+    plain = {name: t for name, t in tensors.items()
+             if name.rsplit(".", 1)[1] not in (*fmt.COMET_SUFFIXES, fmt.K_OFFSET)}
     for name in tensors:
         prefix, _, suffix = name.rpartition(".")
         if suffix == fmt.WEIGHT_PACKED:

@@ -69,7 +69,8 @@ class Plan:
     @property
     def checkpoint(self) -> int:
         """All tensors of the checkpoint."""
-        layer = 0
+        offset = self.comet.kv_cache is not None and self.comet.kv_cache.k_offset
+        layer = self.dims.kv_heads * self.dims.head_dim * 4 if offset else 0  # float32
         for linear_input in LINEAR_INPUTS:
             for rows in self.dims.rows(linear_input):
                 spec = fmt.linear_tensors(rows, self.dims.width(linear_input), self.comet.group_size)

@@ -82,6 +82,7 @@ def load_comet(
     comet = fmt.CometFormat.from_dict(config.quantization_config)
     del config.quantization_config
     plain, layers = read_tensors(directory)
+    offsets = {name: plain.pop(name) for name in list(plain) if name.endswith(f".{fmt.K_OFFSET}")}
     if FAMILIES[config.architectures[0]].fused:
         layers = merge_stored(layers)
     state = plain | {f"{name}.weight": dequantize(stored, comet.group_size) for name, stored in layers.items()}
@@ -89,6 +90,8 @@ def load_comet(
     model_class = getattr(transformers, config.architectures[0])
     model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype,
                                         attn_implementation=attention)
+    for name, offset in offsets.items():
+        model.get_submodule(name.rpartition(".")[0]).register_buffer(fmt.K_OFFSET, offset)
     if activations != "none":
         for name, stored in layers.items():
             bias = model.get_submodule(name).bias
@@ -120,7 +123,8 @@ def _kv4_attention(group_size: int) -> str:
     name = f"comet_kv4_g{group_size}"
 
     def forward(module, query, key, value, attention_mask, **kwargs):
-        key, value = round_trip_kv(key, group_size), round_trip_kv(value, group_size)
+        key = round_trip_kv(key, group_size, getattr(module, fmt.K_OFFSET, None))
+        value = round_trip_kv(value, group_size)
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(name, forward)

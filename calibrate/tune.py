@@ -160,6 +160,8 @@ def _straight_through_kv4(group_size: int) -> str:
     name = f"comet_kv4_g{group_size}_straight_through"
 
     def forward(module, query, key, value, attention_mask, **kwargs):
+        offset = getattr(module, fmt.K_OFFSET, None)
+        key = key if offset is None else key - offset.unsqueeze(-2)
         key, value = (straight_through(x, round_trip_kv(x, group_size)) for x in (key, value))
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from calibrate_tiny import FAMILIES, ROPES, VOCAB, save_tiny, tiny_model
 
-from calibrate.decoder import DecoderBuilder, DecoderLayer
+from calibrate.decoder import DecoderBuilder, DecoderLayer, round_trip_kv
 from calibrate.fused import split_tensors
-from calibrate.kv_smooth import PairTransform, fold, smooth_k
+from calibrate.kv_smooth import PairTransform, common_key, fold, smooth_k
 from calibrate.loading import ModelSource
 from calibrate.models import Dims, choose_tensor_parallel, family_of
 from calibrate.pipeline import Options, kv_format
@@ -64,7 +64,38 @@ def test_folded_pair_transform_leaves_the_output_unchanged(model):
 def test_fitted_transform_lowers_the_expected_error(model):
     builder, layers = build_layers(model)
     hidden = builder.embed(TOKENS, model.model.embed_tokens.weight)
-    assert smooth_k(layers[0], layers[0].attention_input(hidden), kv_group_size=32) < 0.9
+    offset, ratio = smooth_k(layers[0], layers[0].attention_input(hidden), kv_group_size=32)
+    assert ratio < 0.9
+    assert offset.shape == (layers[0].dims.kv_heads, layers[0].dims.head_dim) and offset.dtype == torch.float32
+
+
+def test_the_offset_takes_up_a_bias_of_k():
+    """Qwen2.5's K has channels that its bias makes 40 times as large as the rest; RoPE turns them slowly."""
+    model = tiny_model("Qwen2")
+    model.config.architectures = ["Qwen2ForCausalLM"]
+    for decoder_layer in model.model.layers:
+        decoder_layer.self_attn.k_proj.bias.view(2, 32)[:, 15] = 200  # the slowest pair
+    builder, layers = build_layers(model)
+    x = layers[0].attention_input(builder.embed(TOKENS, model.model.embed_tokens.weight))
+    offset, ratio = smooth_k(layers[0], x, kv_group_size=32)
+    q, k, v = layers[0].qkv(x)
+    exact = layers[0].attention(q, k, v)
+    stored = [layers[0].attention(q, round_trip_kv(k, 32, m), v) for m in (offset, None)]
+    errors = [(out - exact).norm() / exact.norm() for out in stored]
+    assert ratio < 0.01 and errors[0] < 0.1 < 0.3 < errors[1]
+
+
+def test_common_key_of_slow_and_fast_channels():
+    """A constant K before RoPE: found whole where RoPE hardly turns, vanishing where it turns often."""
+    model = tiny_model("Llama", max_position_embeddings=512)
+    model.config.architectures = ["LlamaForCausalLM"]
+    builder, layers = build_layers(model)
+    cos, sin = builder.rotary(torch.zeros(2, 40), 0)
+    constant = torch.tensor([5.0, -7.0]).view(1, 2, 1, 1).expand(2, -1, 40, 32)
+    found = common_key(layers[0], builder.apply_rotary(constant, constant, cos, sin)[1]) / constant[0, :, 0]
+    radians = 1e4 ** -(torch.arange(32) % 16 / 16)  # a position
+    assert (found[:, radians < 2e-4] - 1).abs().max() < 0.1
+    assert found[:, radians > 0.3].abs().max() < 0.1
 
 
 def test_folded_down_permutation_leaves_the_output_unchanged(model):

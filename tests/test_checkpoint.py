@@ -44,7 +44,8 @@ formats = st.builds(
     ck.CometFormat,
     group_size=st.sampled_from(ck.GROUP_SIZES),
     ignore=st.lists(st.text(min_size=1), max_size=3).map(tuple),
-    kv_cache=st.none() | st.sampled_from(ck.KV_GROUP_SIZES).map(ck.KVCacheFormat),
+    kv_cache=st.none() | st.builds(
+        ck.KVCacheFormat, group_size=st.sampled_from(ck.KV_GROUP_SIZES), k_offset=st.booleans()),
     tensor_parallel=st.integers(1, 8),
 )
 
@@ -59,6 +60,7 @@ def test_config_round_trip_through_json(fmt):
     ({"group_size": 32}, r"group_size is 32; allowed: one of \(128, 64, -1\)"),
     ({"kv_cache": {"bits": 8, "group_size": 64}}, "kv_cache.bits is 8; allowed: 4"),
     ({"kv_cache": {"bits": 4, "group_size": 48}}, "kv_cache.group_size is 48"),
+    ({"kv_cache": {"bits": 4, "group_size": 64, "k_offset": 1}}, "kv_cache.k_offset is 1; allowed: true or false"),
     ({"ignore": "lm_head"}, "ignore is 'lm_head'; allowed: a list"),
     ({"tensor_parallel": 0}, "tensor_parallel is 0"),
     ({"wieghts": 1}, "keys is .'wieghts'."),
@@ -66,6 +68,12 @@ def test_config_round_trip_through_json(fmt):
 def test_config_errors_name_key_value_and_allowed(change, message):
     with pytest.raises(ck.CheckpointError, match=message):
         ck.CometFormat.from_dict(ck.CometFormat().to_dict() | change)
+
+
+def test_a_section_from_before_k_offset_has_none():
+    section = ck.CometFormat(kv_cache=ck.KVCacheFormat(64, k_offset=True)).to_dict()
+    del section["kv_cache"]["k_offset"]
+    assert ck.CometFormat.from_dict(section).kv_cache == ck.KVCacheFormat(64)
 
 
 @pytest.mark.parametrize("perm, slices, ok", [
@@ -90,6 +98,7 @@ def test_verify_accepts_a_good_checkpoint(checkpoint):
 
 
 LAYER = "model.layers.1.mlp.down_proj"
+OFFSET = "model.layers.1.self_attn.k_offset"
 
 
 @pytest.mark.parametrize("tensor, edit, message", [
@@ -101,6 +110,9 @@ LAYER = "model.layers.1.mlp.down_proj"
     (f"{LAYER}.weight_group_scale", lambda t: t * 0 + 17, f"{LAYER}.weight_group_scale holds values outside 1..16"),
     (f"{LAYER}.weight_packed", None, f"has no {LAYER}.weight_packed beside it"),
     (f"{LAYER}.weight", lambda t: torch.ones(2), f"{LAYER}.weight stands beside"),
+    (OFFSET, None, f"{OFFSET} is missing: quantization_config.kv_cache.k_offset is true"),
+    (OFFSET, lambda t: t.half(), rf"{OFFSET} in model.safetensors is F16 .2, 64.; expected F32 .KV heads, head_dim."),
+    (OFFSET, lambda t: t * torch.inf, f"{OFFSET} in model.safetensors holds values that are not finite"),
 ])
 def test_verify_names_the_wrong_tensor(checkpoint, tensor, edit, message):
     tensors = load_file(checkpoint / "model.safetensors")
@@ -110,6 +122,15 @@ def test_verify_names_the_wrong_tensor(checkpoint, tensor, edit, message):
     ck.save_shard(tensors, checkpoint / "model.safetensors")
     with pytest.raises(ck.CheckpointError, match=message):
         ck.verify_checkpoint(checkpoint)
+
+
+def test_verify_refuses_an_offset_that_the_config_denies(tmp_path):
+    model = tiny.write(tmp_path / "model", k_offset=False)
+    ck.verify_checkpoint(model)
+    tensors = load_file(model / "model.safetensors") | {OFFSET: torch.zeros(2, 64)}
+    ck.save_shard(tensors, model / "model.safetensors")
+    with pytest.raises(ck.CheckpointError, match=f"{OFFSET} is there: .*k_offset is false"):
+        ck.verify_checkpoint(model)
 
 
 @pytest.mark.parametrize("piece,read", [(1 << 26, 1 << 20), (1000, 1 << 20), (1000, 77), (1 << 26, 1000)])

@@ -156,8 +156,9 @@ def test_compiled_bfloat16_engine(checkpoint):
 
 @pytest.mark.parametrize("group_size", [128, -1])
 def test_other_weight_formats(tmp_path, group_size):
-    """A hidden size of 320 has a short last block; group size -1 has no group scales."""
-    model = tiny.write(tmp_path / "model", group_size, kv_group_size=32, slices=1, hidden_size=320)
+    """A hidden size of 320 has a short last block; group size -1 has no group scales; older ones have no K offset."""
+    model = tiny.write(tmp_path / "model", group_size, kv_group_size=32, slices=1, hidden_size=320,
+                       k_offset=group_size == 128)
     assert_agrees_with_torch(engine.run(model, [PROMPTS], TOKENS), load_comet(model))
 
 

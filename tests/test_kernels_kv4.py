@@ -61,6 +61,26 @@ def test_attention_ref_is_softmax_attention(window):
                 torch.testing.assert_close(got[starts[r] + i, h], expect)
 
 
+def test_attention_does_not_see_the_offset():
+    """K of a model with a large bias: stored less its mean, scores move by the same amount for all keys."""
+    length, heads, head_dim = 90, 2, 64
+    gen = torch.Generator().manual_seed(1)
+    bias = 300 * torch.randn(heads, head_dim, generator=gen)
+    k, v = torch.randn(2, length, heads, head_dim, generator=gen)
+    q = torch.randn(length, heads, head_dim, generator=gen) / 8
+    slots, pages = torch.arange(length), -(-length // 16)
+    found = []
+    for offset in (bias, None):
+        cache = torch.zeros(pages, heads, 16, bytes_per_token(head_dim, 32), dtype=torch.uint8)
+        store_kv_ref(k + bias, v, cache, slots, 32, offset)
+        found.append(attention_ref(q, cache, torch.arange(pages)[None], torch.tensor([0, length]),
+                                   torch.tensor([length]), 32, 1.0))
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        *(x.double().transpose(0, 1) for x in (q, k + bias, v)), is_causal=True, scale=1.0).transpose(0, 1)
+    errors = [float((out - exact).norm() / exact.norm()) for out in found]
+    assert errors[0] < 0.1 < 0.5 < errors[1]
+
+
 def test_store_skips_padding_slots():
     cache = torch.full((2, 1, 16, bytes_per_token(64, 64)), 7, dtype=torch.uint8)
     before = cache.clone()

@@ -76,7 +76,7 @@ class Layer:
         q, key, value = qkv
         batch = self.builder.build(0, common)
         out = torch.full_like(q, float("nan"))
-        self.impl._forward_gpu(q, key, value, self.cache, batch, out)
+        self.impl._forward_gpu(q, key, value, None, self.cache, batch, out)
         return out, batch, attention_ref(
             q, self.cache, table, starts, lens, GROUP_SIZE, self.impl.scale, self.impl.sliding_window)
 

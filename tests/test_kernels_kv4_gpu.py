@@ -64,7 +64,8 @@ SHAPES = [(d, g) for d in (64, 96, 128, 256) for g in KV_GROUP_SIZES if d % g ==
     [(*shape, torch.bfloat16) for shape in SHAPES] + [(128, 128, torch.float16), (96, 32, torch.float32)],
     ids=str,
 )
-def test_store_is_bit_exact(head_dim, group_size, dtype):
+@pytest.mark.parametrize("centered", [False, True])
+def test_store_is_bit_exact(head_dim, group_size, dtype, centered):
     gen = torch.Generator().manual_seed(head_dim + group_size)
     tokens, heads, block_size = 37, 2, 16
     qkv = torch.randn(tokens, 2 * heads + 1, head_dim, generator=gen) * torch.rand(tokens, 1, 1, generator=gen) * 9
@@ -80,12 +81,13 @@ def test_store_is_bit_exact(head_dim, group_size, dtype):
     shape = (5, heads, block_size, bytes_per_token(head_dim, group_size))
     expect, got = (torch.full(shape, 255, dtype=torch.uint8, device=DEVICE) for _ in range(2))
     key_out, value_out = (torch.full((tokens, heads, head_dim), -7, dtype=dtype, device=DEVICE) for _ in range(2))
-    store_kv_ref(key, value, expect, slots, group_size)
-    store_kv(key, value, got, slots, group_size)
+    offset = (20 * torch.randn(heads, head_dim, generator=gen)).to(DEVICE) if centered else None
+    store_kv_ref(key, value, expect, slots, group_size, offset)
+    store_kv(key, value, got, slots, group_size, k_offset=offset)
     assert torch.equal(got, expect)
-    store_kv(key, value, got.fill_(255), slots, group_size, key_out, value_out)
+    store_kv(key, value, got.fill_(255), slots, group_size, key_out, value_out, offset)
     assert torch.equal(got, expect)
-    for x, out in ((key, key_out), (value, value_out)):
+    for x, out in ((key.float() - offset if centered else key, key_out), (value, value_out)):
         x_hat = dequantize_kv_ref(*quantize_kv_ref(x, group_size)).to(dtype)
         ulp = 2**-7 if INTERPRET and dtype == torch.bfloat16 else 0  # the interpreter truncates to bf16
         torch.testing.assert_close(out, torch.where(slots[:, None, None] >= 0, x_hat, -7), rtol=ulp, atol=0)

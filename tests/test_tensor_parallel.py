@@ -12,6 +12,7 @@ from vllm.model_executor.layers import linear as vllm_linear
 from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 
 from vllm_comet import checkpoint as ck
+from vllm_comet.attention import select
 from vllm_comet.quantization.config import CometConfig
 
 HIDDEN, HEAD, HEADS, KV_HEADS = 256, 64, 8, 2
@@ -85,6 +86,25 @@ def test_qkv_parallel(tp):
         exact = x.double() @ dense(members[shard]).T + members[shard]["bias"]
         assert whole.shape == exact.shape and (whole - exact).norm() / exact.norm() < 1e-2
         assert torch.equal(whole, run_alone(members[shard], x)), "column slices do not change the arithmetic"
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_a_ranks_k_offset_is_that_of_its_heads(monkeypatch, tp):
+    loaded = torch.randn(4, HEAD)
+    for rank in range(tp):
+        monkeypatch.setattr(select, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(select, "get_tensor_model_parallel_world_size", lambda: tp)
+        layer = torch.nn.Module()
+        layer.num_kv_heads, layer.head_size = max(1, 4 // tp), HEAD
+        select.add_k_offset(layer)
+        parameter = layer.k_offset
+        select.add_k_offset(layer)  # vLLM asks twice
+        assert layer.k_offset is parameter and parameter.dtype == torch.float32
+        parameter.weight_loader(parameter, loaded)
+        first = rank * 4 // tp
+        assert torch.equal(parameter.data, loaded[first : first + layer.num_kv_heads])
+    with pytest.raises(ck.CheckpointError, match="a checkpoint's k_offset is .3, 64.; its share of this rank"):
+        parameter.weight_loader(torch.zeros(2, HEAD), torch.randn(3, HEAD))
 
 
 def run_alone(tensors, x):

@@ -44,11 +44,11 @@ def input_order(k: int, slices: int, share: float, with_perm: bool) -> dict[str,
 
 
 def write(directory: Path, group_size: int = 64, kv_group_size: int | None = 64, slices: int = 2, seed: int = 0,
-          **changes: object) -> Path:
+          k_offset: bool = True, **changes: object) -> Path:
     """Write a checkpoint into ``directory`` (made if need be); ``changes`` override entries of the model config."""
     torch.manual_seed(seed)
     directory.mkdir(parents=True, exist_ok=True)
-    kv = None if kv_group_size is None else ck.KVCacheFormat(kv_group_size)
+    kv = None if kv_group_size is None else ck.KVCacheFormat(kv_group_size, k_offset=k_offset)
     fmt = ck.CometFormat(group_size=group_size, kv_cache=kv, tensor_parallel=slices)
     config = CONFIG | changes
     hidden, ff, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
@@ -71,6 +71,9 @@ def write(directory: Path, group_size: int = 64, kv_group_size: int | None = 64,
             tensors |= {f"{base}.{name}.{suffix}": value for suffix, value in parts.items()}
         for norm in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{base}.{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        if kv is not None and kv.k_offset:
+            offset = torch.randn(config["num_key_value_heads"], dim, generator=torch.Generator().manual_seed(layer))
+            tensors[f"{base}.self_attn.{ck.K_OFFSET}"] = offset
     ck.save_shard(tensors, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps(config | {"quantization_config": fmt.to_dict()}))
     return directory

@@ -22,6 +22,9 @@ tensor                    dtype    shape                      meaning
 ``P.bias``                float    ``[N]``                    optional, in the model's dtype
 ========================  =======  =========================  ====================================================
 
+With ``kv_cache.k_offset``, an attention module ``A`` has ``A.k_offset``, float32 ``[KV heads, head_dim]``: what is
+subtracted from K, after RoPE, before the 4-bit cache stores it. Softmax does not see it, so nothing adds it back.
+
 Every safetensors file carries a CRC-32 of each tensor in its metadata, so a damaged file is refused by the name of
 the tensor and never served.
 """
@@ -32,7 +35,7 @@ import json
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,7 @@ WEIGHT_GROUP_SCALE = "weight_group_scale"
 INPUT_PERM = "input_perm"
 ACT_BITS_NAME = "act_bits"
 COMET_SUFFIXES = (WEIGHT_PACKED, WEIGHT_SCALE, WEIGHT_GROUP_SCALE, INPUT_PERM, ACT_BITS_NAME)
+K_OFFSET = "k_offset"
 
 
 class CheckpointError(ValueError):
@@ -64,10 +68,14 @@ class CheckpointError(ValueError):
 # ---------------------------------------------------------------------------------------------------- config section
 @dataclass(frozen=True)
 class KVCacheFormat:
-    """4-bit asymmetric KV cache: one fp16 scale and zero-point per (token, KV head, ``group_size`` channels)."""
+    """4-bit asymmetric KV cache: one fp16 scale and zero-point per (token, KV head, ``group_size`` channels).
+
+    k_offset: whether every attention module has an offset for its K; older checkpoints have none.
+    """
 
     group_size: int
     bits: int = 4
+    k_offset: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,13 +97,12 @@ class CometFormat:
     producer: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        kv = None if self.kv_cache is None else {"bits": self.kv_cache.bits, "group_size": self.kv_cache.group_size}
         return {
             "quant_method": QUANT_METHOD,
             "version": self.version,
             "group_size": self.group_size,
             "ignore": list(self.ignore),
-            "kv_cache": kv,
+            "kv_cache": None if self.kv_cache is None else asdict(self.kv_cache),
             "tensor_parallel": self.tensor_parallel,
             "producer": self.producer,
         }
@@ -131,11 +138,13 @@ def _require(ok: bool, key: str, found: object, allowed: str) -> None:
 def _parse_kv_cache(raw: Any) -> KVCacheFormat | None:
     if raw is None:
         return None
-    _require(isinstance(raw, dict), "kv_cache", raw, "null or {bits, group_size}")
+    _require(isinstance(raw, dict), "kv_cache", raw, "null or {bits, group_size, k_offset}")
     _require(raw.get("bits") == 4, "kv_cache.bits", raw.get("bits"), "4")
     _require(raw.get("group_size") in KV_GROUP_SIZES, "kv_cache.group_size", raw.get("group_size"),
              f"one of {KV_GROUP_SIZES}")
-    return KVCacheFormat(raw["group_size"])
+    k_offset = raw.get("k_offset", False)
+    _require(type(k_offset) is bool, "kv_cache.k_offset", k_offset, "true or false")
+    return KVCacheFormat(raw["group_size"], k_offset=k_offset)
 
 
 # ------------------------------------------------------------------------------------------------ linear-layer tensors
@@ -288,6 +297,7 @@ def verify_checkpoint(directory: Path | str, contents: bool = True) -> Checkpoin
             raise CheckpointError(f"{name} has no {layer}.{WEIGHT_PACKED} beside it.")
     for layer in layers:
         _check_layer(layer, entries, fmt)
+    _check_offsets(entries, fmt)
     with ThreadPoolExecutor(1) as beside:
         checked = beside.submit(_check_contents, entries if contents else {})
         try:
@@ -397,6 +407,21 @@ def _check_layer(layer: str, entries: dict[str, _Entry], fmt: CometFormat) -> No
         raise CheckpointError(f"{layer}.{WEIGHT_GROUP_SCALE} must not be there: group_size is -1.")
     if f"{layer}.weight" in entries:
         raise CheckpointError(f"{layer}.weight stands beside {layer}.{WEIGHT_PACKED}: a layer is quantised or not.")
+
+
+def _check_offsets(entries: dict[str, _Entry], fmt: CometFormat) -> None:
+    wanted = fmt.kv_cache is not None and fmt.kv_cache.k_offset
+    attentions = {name.rpartition("self_attn.")[0] + "self_attn" for name in entries if ".self_attn." in name}
+    for name in (f"{attention}.{K_OFFSET}" for attention in sorted(attentions)):
+        entry = entries.get(name)
+        if (entry is not None) != wanted:
+            raise CheckpointError(f"{name} is {'missing' if wanted else 'there'}: quantization_config.kv_cache."
+                                  f"{K_OFFSET} is {str(wanted).lower()}.")
+        if entry is not None and (entry.dtype != "F32" or len(entry.shape) != 2):
+            raise CheckpointError(f"{name} in {entry.file.name} is {entry.dtype} {list(entry.shape)}; expected F32 "
+                                  "[KV heads, head_dim].")
+        if entry is not None and not bool(torch.isfinite(read_tensor(entry)).all()):
+            raise CheckpointError(f"{name} in {entry.file.name} holds values that are not finite.")
 
 
 def _check_contents(entries: dict[str, _Entry]) -> None:

@@ -31,6 +31,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from vllm_comet.attention import prefill
+from vllm_comet.checkpoint import K_OFFSET
 from vllm_comet.kernels import kv4_cache, kv4_cpu, kv4_decode
 
 BLOCK_SIZE_MULTIPLE = 16
@@ -208,24 +209,25 @@ class CometAttentionImpl(AttentionImpl[CometAttentionMetadata]):
         """Store ``key``, ``value`` ``[T, H, D]``, then attend with ``query`` ``[T, Hq, D]`` to the pages."""
         if attn_metadata is None:  # vLLM's profiling run
             return output.fill_(0)
+        k_offset = getattr(layer, K_OFFSET, None)
         if kv_cache.is_cuda:
-            self._forward_gpu(query, key, value, kv_cache, attn_metadata, output)
+            self._forward_gpu(query, key, value, k_offset, kv_cache, attn_metadata, output)
         else:
             tokens, slots = attn_metadata.num_actual_tokens, attn_metadata.slot_mapping
-            kv4_cache.store_kv_ref(key[: len(slots)], value[: len(slots)], kv_cache, slots, self.group_size)
+            kv4_cache.store_kv_ref(key[: len(slots)], value[: len(slots)], kv_cache, slots, self.group_size, k_offset)
             kv4_cpu.attention(
                 query[:tokens], kv_cache, attn_metadata.block_table, attn_metadata.query_start_loc,
                 attn_metadata.seq_lens, self.group_size, self.scale, self.sliding_window, output[:tokens])
         return output
 
     def _forward_gpu(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor,
-        batch: CometAttentionMetadata, output: torch.Tensor,
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, k_offset: torch.Tensor | None,
+        kv_cache: torch.Tensor, batch: CometAttentionMetadata, output: torch.Tensor,
     ) -> None:  # fmt: skip
         n, window = batch.num_decodes, self.sliding_window
         fresh = bool(batch.prefills) and batch.prefills[0].fresh
-        kv4_cache.store_kv(
-            key, value, kv_cache, batch.slot_mapping, self.group_size, *(batch.workspace if fresh else ()))
+        kv4_cache.store_kv(key, value, kv_cache, batch.slot_mapping, self.group_size,
+                           *(batch.workspace if fresh else (None, None)), k_offset)
         if n:
             kv4_decode.decode(
                 query[:n], kv_cache, batch.block_table[:n], self.group_size, self.scale, window, output[:n],

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import MLAAttention
+from vllm.model_executor.utils import set_weight_attrs
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 
 from vllm_comet.attention.backend import CometAttentionImpl, backend_for
-from vllm_comet.checkpoint import CheckpointError, KVCacheFormat
+from vllm_comet.checkpoint import K_OFFSET, CheckpointError, KVCacheFormat
 from vllm_comet.kernels.kv4_decode import MAX_GROUP
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below "vllm"
@@ -55,6 +57,30 @@ def select_kv_cache(layer: torch.nn.Module, prefix: str, fmt: KVCacheFormat) -> 
     size = layer.impl.bytes_per_token
     logger.info_once("COMET 4-bit KV cache: %d bytes per token and KV head, %.2fx less than 16 bits (group size %d).",
                      size, 4 * layer.head_size / size, fmt.group_size)
+
+
+def add_k_offset(layer: torch.nn.Module) -> None:
+    """Give ``layer`` the parameter that a checkpoint's ``k_offset`` is loaded into: float32 ``[KV heads here, D]``.
+
+    A layer whose cache is not ours has it too, and leaves it unread: subtracted or not, attention is the same.
+    """
+    if hasattr(layer, K_OFFSET):
+        return
+    offset = torch.nn.Parameter(torch.zeros(layer.num_kv_heads, layer.head_size, dtype=torch.float32),
+                                requires_grad=False)
+    set_weight_attrs(offset, {"weight_loader": _load_k_offset})
+    layer.register_parameter(K_OFFSET, offset)
+
+
+def _load_k_offset(param: torch.nn.Parameter, loaded: torch.Tensor) -> None:
+    """This rank's heads of ``loaded`` ``[KV heads, D]``; ranks beyond the heads share them."""
+    size, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
+    first = rank * loaded.shape[0] // size
+    here = loaded[first : first + len(param)]
+    if here.shape != param.shape:
+        raise CheckpointError(f"a checkpoint's {K_OFFSET} is {list(loaded.shape)}; its share of this rank must be "
+                              f"{list(param.shape)}. Calibrate the model again.")
+    param.data.copy_(here)
 
 
 def _is_comet(backend: Any) -> bool:

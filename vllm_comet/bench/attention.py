@@ -90,6 +90,7 @@ class Comet:
         self.token_bytes = shape.kv_heads * content
         pages = -(-tokens // BLOCK)
         self.cache = torch.empty(pages, shape.kv_heads, BLOCK, content, dtype=torch.uint8, device="cuda")
+        self.k_offset = torch.randn(shape.kv_heads, shape.head_dim, device="cuda")
         key, value = torch.randn(2, 64 * BLOCK, shape.kv_heads, shape.head_dim, dtype=torch.bfloat16, device="cuda")
         for start in range(0, pages * BLOCK, len(key)):
             slots = torch.arange(start, min(start + len(key), pages * BLOCK), device="cuda")
@@ -120,7 +121,8 @@ class Comet:
         fresh = flash is not None and queries == context
 
         def run() -> None:
-            store_kv(key, value, self.cache, slots, self.group_size, *(workspace if fresh else ()))
+            store_kv(key, value, self.cache, slots, self.group_size, *(workspace if fresh else (None, None)),
+                     self.k_offset)
             if flash is None:
                 prefill(q, self.cache, table, starts, lens, queries, self.group_size, self.scale, None, out)
                 return
@@ -274,7 +276,7 @@ def _store_us(mode: str, shape: Shape, tokens: int, copies: int = 6) -> float:
     cache = Comet(shape, copies * tokens)
     slots = [torch.arange(i * tokens, (i + 1) * tokens, device="cuda") for i in range(copies)]
     return graph_us([
-        lambda x=x, s=s: store_kv(x[0], x[1], cache.cache, s, cache.group_size)
+        lambda x=x, s=s: store_kv(x[0], x[1], cache.cache, s, cache.group_size, k_offset=cache.k_offset)
         for x, s in zip(inputs, slots, strict=True)
     ])  # fmt: skip
 

@@ -73,6 +73,8 @@ def decoder_layer(config: dict[str, Any], linear: Any) -> Iterator[tuple[str, to
             yield f"{name}.{suffix}", tensor
     for norm in ("input_layernorm", "post_attention_layernorm"):
         yield f"{norm}.weight", bf16(hidden)
+    if linear is comet_linear:
+        yield f"self_attn.{ck.K_OFFSET}", torch.zeros(config["num_key_value_heads"], dim)
 
 
 def bf16(*shape: int) -> torch.Tensor:

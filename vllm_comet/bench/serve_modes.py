@@ -73,7 +73,7 @@ def _compressed(weights: dict[str, Any], activations: dict[str, Any] | None, pac
 
 def comet_section(kv4: bool = True, group_size: int = 64, kv_group_size: int = 128) -> dict[str, Any]:
     """The section that ``comet-calibrate`` writes, by default with its default group sizes for heads of 128."""
-    return CometFormat(group_size, kv_cache=KVCacheFormat(kv_group_size) if kv4 else None).to_dict()
+    return CometFormat(group_size, kv_cache=KVCacheFormat(kv_group_size, k_offset=True) if kv4 else None).to_dict()
 
 
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}

@@ -6,6 +6,9 @@ Quantisation is asymmetric, per (token, KV head, group of ``group_size`` channel
     scale = fp16((max − min) / 15)    zero = fp16(min)    code = clamp(rint((x − zero) / scale), 0, 15)
     x̂ = code · scale + zero           (float32)
 
+Where a checkpoint gives K an offset, x is K − offset: what all keys of a head have in common moves every score of a
+query by the same amount, which softmax takes out again, so nothing is added back when the cache is read.
+
 A page holds ``block_size`` tokens of one KV head in ``block_size · C`` contiguous bytes, as planes, so that every plane
 starts 16-byte aligned and a tile of tokens is one contiguous run (D = head_dim, G = D / group_size):
 
@@ -90,12 +93,16 @@ def dequantize_kv_ref(codes: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
 
 
 def store_kv_ref(
-    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor, group_size: int
-) -> None:
+    key: torch.Tensor, value: torch.Tensor, cache: torch.Tensor, slot_mapping: torch.Tensor, group_size: int,
+    k_offset: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     """Quantise ``key``, ``value`` ``[T, H, D]`` into ``cache`` ``[B, H, block_size, C]`` at ``slot_mapping`` ``[T]``.
 
-    Slot s is token ``s % block_size`` of page ``s // block_size``; −1 marks padding and writes nothing.
+    Slot s is token ``s % block_size`` of page ``s // block_size``; −1 marks padding and writes nothing. k_offset:
+    float32 ``[H, D]``, subtracted from ``key`` in float32, or None.
     """
+    if k_offset is not None:
+        key = key.to(torch.float32) - k_offset
     views = page_views(cache, key.shape[-1], group_size)
     keep = (slot_mapping >= 0).nonzero()[:, 0]
     slots = slot_mapping[keep].to(torch.int64)
@@ -120,14 +127,14 @@ def load_kv_ref(
 
 @triton.jit
 def _store_one(
-    x_ptr, out_ptr, codes_ptr, meta_ptr, token, in_token, offset, ok,
+    x_ptr, center_ptr, out_ptr, codes_ptr, meta_ptr, token, in_token, offset, ok,
     stride_token, stride_out, ROWS: tl.constexpr, D: tl.constexpr, GROUPS: tl.constexpr, LANES: tl.constexpr,
-    ROUND_TRIP: tl.constexpr,
+    CENTERED: tl.constexpr, ROUND_TRIP: tl.constexpr,
 ):  # fmt: skip
     """Quantise rows ``token`` of K or V of one head, pack them into the page; optionally write what a load would give.
 
-    codes_ptr, meta_ptr: int16 and fp16 pointers to the planes in the first page; offset: int64 bytes / 2 to each row's
-    page; in_token: the row's position in its page.
+    center_ptr: what is subtracted from each row, if CENTERED. codes_ptr, meta_ptr: int16 and fp16 pointers to the
+    planes in the first page; offset: int64 bytes / 2 to each row's page; in_token: the row's position in its page.
     """
     L: tl.constexpr = D // 4
     GROUP_SIZE: tl.constexpr = D // GROUPS
@@ -135,7 +142,10 @@ def _store_one(
     real = ok[:, None] & (lane < L)
     x = ()
     for i in tl.static_range(4):
-        x = x + (tl.load(x_ptr + token[:, None] * stride_token + i * L + lane, mask=real, other=0.0).to(tl.float32),)
+        plane = tl.load(x_ptr + token[:, None] * stride_token + i * L + lane, mask=real, other=0.0).to(tl.float32)
+        if CENTERED:
+            plane -= tl.load(center_ptr + i * L + lane, mask=lane < L, other=0.0)
+        x = x + (plane,)
     scales = ()
     zeros = ()
     for g in tl.static_range(GROUPS):
@@ -176,11 +186,11 @@ def _store_one(
 
 @triton.jit(do_not_specialize=["tokens"])
 def _store_kernel(
-    key_ptr, value_ptr, key_out_ptr, value_out_ptr, codes_ptr, meta_ptr, slot_ptr, tokens,
+    key_ptr, value_ptr, center_ptr, key_out_ptr, value_out_ptr, codes_ptr, meta_ptr, slot_ptr, tokens,
     stride_key: tl.int64, stride_key_head: tl.int64, stride_value: tl.int64, stride_value_head: tl.int64,
     stride_out: tl.int64, stride_page: tl.int64, stride_head: tl.int64,
     D: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
-    ROUND_TRIP: tl.constexpr, PDL: tl.constexpr,
+    CENTERED: tl.constexpr, ROUND_TRIP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (token tiles, H): ROWS tokens of one KV head, K then V. Cache strides in int16."""
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -194,13 +204,14 @@ def _store_kernel(
     in_token = slot % BLOCK
     CODES: tl.constexpr = BLOCK * (D // 4)
     _store_one(
-        key_ptr + head * stride_key_head, key_out_ptr + head * D, codes_ptr, meta_ptr + 2 * CODES, token, in_token,
-        offset, ok, stride_key, stride_out, ROWS, D, GROUPS, LANES, ROUND_TRIP,
+        key_ptr + head * stride_key_head, center_ptr + head * D, key_out_ptr + head * D, codes_ptr,
+        meta_ptr + 2 * CODES, token, in_token, offset, ok, stride_key, stride_out, ROWS, D, GROUPS, LANES, CENTERED,
+        ROUND_TRIP,
     )  # fmt: skip
     _store_one(
-        value_ptr + head * stride_value_head, value_out_ptr + head * D, codes_ptr + CODES,
-        meta_ptr + 2 * CODES + BLOCK * GROUPS * 2, token, in_token,
-        offset, ok, stride_value, stride_out, ROWS, D, GROUPS, LANES, ROUND_TRIP,
+        value_ptr + head * stride_value_head, center_ptr, value_out_ptr + head * D, codes_ptr + CODES,
+        meta_ptr + 2 * CODES + BLOCK * GROUPS * 2, token, in_token, offset, ok, stride_value, stride_out, ROWS, D,
+        GROUPS, LANES, False, ROUND_TRIP,
     )  # fmt: skip
 
 
@@ -208,12 +219,14 @@ _STORE_ROWS = 16  # tokens a program
 
 
 @functools.cache
-def _store(head_dim: int, group_size: int, block_size: int, round_trip: bool, device: torch.device) -> Launcher:
+def _store(
+    head_dim: int, group_size: int, block_size: int, centered: bool, round_trip: bool, device: torch.device
+) -> Launcher:
     require_triton("store_kv")
     lanes, pdl = triton.next_power_of_2(head_dim // 4), pdl_supported(device)
     return Launcher(
         _store_kernel, D=head_dim, GROUPS=head_dim // group_size, BLOCK=block_size, ROWS=_STORE_ROWS, LANES=lanes,
-        ROUND_TRIP=round_trip, PDL=pdl, num_warps=2 if lanes <= 32 else 4, launch_pdl=pdl)
+        CENTERED=centered, ROUND_TRIP=round_trip, PDL=pdl, num_warps=2 if lanes <= 32 else 4, launch_pdl=pdl)
 
 
 def store_kv(
@@ -224,11 +237,13 @@ def store_kv(
     group_size: int,
     key_out: torch.Tensor | None = None,
     value_out: torch.Tensor | None = None,
+    k_offset: torch.Tensor | None = None,
 ) -> None:
     """``store_kv_ref`` on the GPU, bit for bit, for the first ``len(slot_mapping)`` rows of ``key`` and ``value``.
 
     key, value: ``[T, H, D]``, channels contiguous. key_out, value_out: contiguous ``[T, H, D]``, or None; they receive
-    the stored values as a load would return them, in their dtype. Rows of padding slots are left alone.
+    the stored values as a load would return them, in their dtype. Rows of padding slots are left alone. k_offset:
+    contiguous float32 ``[H, D]``, or None.
     """
     tokens, (_, heads, head_dim) = slot_mapping.shape[0], key.shape
     check_pages(cache, head_dim, group_size)
@@ -239,10 +254,16 @@ def store_kv(
         key_out.is_contiguous() and value_out.is_contiguous()
     )):  # fmt: skip
         raise ValueError("key_out and value_out must both be contiguous tensors [T, H, D], or both None.")
-    store = _store(head_dim, group_size, cache.shape[2], round_trip, cache.device)
+    if k_offset is not None and not (
+        k_offset.is_contiguous() and k_offset.shape == (heads, head_dim) and k_offset.dtype == torch.float32
+    ):  # fmt: skip
+        raise ValueError(f"k_offset must be a contiguous float32 tensor [{heads}, {head_dim}], not "
+                         f"{k_offset.dtype} {tuple(k_offset.shape)}.")
+    store = _store(head_dim, group_size, cache.shape[2], k_offset is not None, round_trip, cache.device)
     store(
         (cdiv(tokens, _STORE_ROWS), heads, 1),
-        key, value, key_out if round_trip else key, value_out if round_trip else value,
+        key, value, key if k_offset is None else k_offset,
+        key_out if round_trip else key, value_out if round_trip else value,
         cache.view(torch.int16), cache.view(torch.float16), slot_mapping, tokens,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), heads * head_dim,
         cache.stride(0) // 2, cache.stride(1) // 2,

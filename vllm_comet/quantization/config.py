@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.utils import sho
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.platforms import current_platform
 
-from vllm_comet.checkpoint import QUANT_METHOD, CheckpointError, CometFormat, verify_checkpoint
+from vllm_comet.checkpoint import K_OFFSET, QUANT_METHOD, CheckpointError, CometFormat, verify_checkpoint
 from vllm_comet.settings import Settings
 
 logger = init_logger(f"vllm.{__name__}")  # vLLM configures the loggers below "vllm"
@@ -69,6 +69,11 @@ class CometConfig(QuantizationConfig):
         if Settings.load().verify and directory.is_dir() and any(directory.glob("*.safetensors")):
             _verify_once(directory.resolve())
 
+    @staticmethod
+    def get_checkpoint_weight_mapper() -> WeightsMapper:
+        """vLLM's attention layer lies one level below the module that a checkpoint names."""
+        return WeightsMapper(orig_to_new_suffix={f".self_attn.{K_OFFSET}": f".self_attn.attn.{K_OFFSET}"})
+
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, LinearBase):
             if should_ignore_layer(prefix, self.ignore, self.packed_modules_mapping):
@@ -81,8 +86,10 @@ class CometConfig(QuantizationConfig):
             _advise_graph_size(vllm_config)
             return CometLinearMethod(self.format, prefix, Settings.load(vllm_config.additional_config))
         if isinstance(layer, (Attention, MLAAttention)) and self.format.kv_cache is not None:
-            from vllm_comet.attention.select import select_kv_cache
+            from vllm_comet.attention.select import add_k_offset, select_kv_cache
 
+            if self.format.kv_cache.k_offset and isinstance(layer, Attention):
+                add_k_offset(layer)
             select_kv_cache(layer, prefix, self.format.kv_cache)
         if isinstance(layer, RoutedExperts):
             raise CheckpointError(f"{prefix}: mixture-of-experts layers are not supported by vllm-comet. Serve the "
