@@ -86,7 +86,7 @@ def load_comet(
     if FAMILIES[config.architectures[0]].fused:
         layers = merge_stored(layers)
     state = plain | {f"{name}.weight": dequantize(stored, comet.group_size) for name, stored in layers.items()}
-    attention = _kv4_attention(comet.kv_cache.group_size) if kv4 and comet.kv_cache else "sdpa"
+    attention = kv4_attention(comet.kv_cache.group_size) if kv4 and comet.kv_cache else "sdpa"
     model_class = getattr(transformers, config.architectures[0])
     model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype,
                                         attn_implementation=attention)
@@ -118,7 +118,7 @@ def read_tensors(directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, di
     return plain, layers
 
 
-def _kv4_attention(group_size: int) -> str:
+def kv4_attention(group_size: int) -> str:
     """Register (once) an attention that sees K and V as the 4-bit cache returns them; returns its name."""
     name = f"comet_kv4_g{group_size}"
 

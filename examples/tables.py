@@ -16,6 +16,8 @@ GEMM_MODES = ["comet-g128", "comet-g64", "comet-channel", "marlin-w4a16", "mache
 GEMM_ROWS = [1, 16, 64, 128, 256, 512, 1024, 4096]
 BASELINES = ("bf16", "w4a16")  # the first that was measured: 70B in bf16 needs more than one GPU
 DEFAULT_MODE, MIXED_MODE, SHARE = "W4A8KV4", "W4AxKV4", "INT8 share"
+REFERENCES = ("default", "no K offset")  # what an ablation's rows are compared with: the first that was measured
+KV_VARIANTS = ("default", "no K smoothing", "no K offset", "neither")
 
 
 def table(header: list[str], rows: list[list[str]]) -> list[str]:
@@ -44,7 +46,11 @@ def accuracy() -> Iterator[str]:
 def ablation_rows(path: Path) -> dict[str, dict[str, Any]]:
     """What was measured, by variant; nothing of a run that did not get to the two others are compared with."""
     rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"] if "failed" not in row}
-    return rows if {"bf16", "default"} <= rows.keys() else {}
+    return rows if "bf16" in rows and _reference(rows) else {}
+
+
+def _reference(rows: dict[str, dict[str, Any]]) -> str | None:
+    return next((name for name in REFERENCES if name in rows), None)
 
 
 def ablation() -> Iterator[str]:
@@ -52,17 +58,17 @@ def ablation() -> Iterator[str]:
         found, rows = json.loads(path.read_text()), ablation_rows(path)
         if not rows:
             continue
-        base, modes = rows["bf16"], list(rows["default"]["ppl"])
-        tasks = any(_percent(row, DEFAULT_MODE) for row in rows.values())
+        base, modes = rows["bf16"], list(rows[_reference(rows)]["ppl"])
+        tasks = [mode for mode in (DEFAULT_MODE, MIXED_MODE) if any(_percent(row, mode) for row in rows.values())]
         yield (f"**{found['name']}**, the calibrator with each part left out or changed: WikiText-2 perplexity (raw "
                f"test, {base['windows']} windows of 2048) by mode"
-               + (f", and mean accuracy of nine tasks in {DEFAULT_MODE}" if tasks else "")
+               + (f", and mean accuracy of nine tasks in {' and '.join(tasks)}" if tasks else "")
                + f". bf16: {', '.join(filter(None, (format(base['ppl']['bf16'], '.2f'), _percent(base, 'bf16'))))}. "
                + source(path, found))
         yield ""
-        yield from table(["", *modes, *(["tasks"] if tasks else [])], [
+        yield from table(["", *modes, *(f"tasks, {mode}" for mode in tasks)], [
             [name, *(f"{row['ppl'][mode]:.2f}" if mode in row["ppl"] else "" for mode in modes),
-             *([_percent(row, DEFAULT_MODE)] if tasks else [])]
+             *(_percent(row, mode) for mode in tasks)]
             for name, row in rows.items() if name != "bf16" and not name.startswith(SHARE)])
         yield ""
 
@@ -70,11 +76,12 @@ def ablation() -> Iterator[str]:
 def shares() -> Iterator[str]:
     for path in sorted(RESULTS.glob("ablation-*.json")):
         found, rows = json.loads(path.read_text()), ablation_rows(path)
+        reference = _reference(rows)
         measured = {row["int8_share"]: row for name, row in rows.items()
-                    if name.startswith((SHARE, "default")) and MIXED_MODE in row["ppl"]}
+                    if (name.startswith(SHARE) or name == reference) and MIXED_MODE in row["ppl"]}
         if len(measured) < 2:
             continue
-        base = rows["default"]["ppl"][DEFAULT_MODE]
+        base = rows[reference]["ppl"][DEFAULT_MODE]
         yield (f"**{found['name']}**, `mixed` mode by the share of channels that stay INT8; {DEFAULT_MODE} has "
                f"{base:.2f}. [{path.name}](examples/results/{path.name})")
         yield ""
@@ -82,6 +89,23 @@ def shares() -> Iterator[str]:
             [f"{row['int8_share']:.1%}", f"{row['ppl'][MIXED_MODE]:.2f}", f"{row['ppl'][MIXED_MODE] / base:.2f}"]
             for _, row in sorted(measured.items())])
         yield ""
+
+
+def kv_cache() -> Iterator[str]:
+    """The 4-bit cache on its own, a line a model."""
+    lines, sources = [], []
+    for path in sorted(RESULTS.glob("kv-cache-*.json")):
+        found = json.loads(path.read_text())
+        ppl = {row["variant"]: row["ppl"] for row in found["rows"]}
+        base = ppl.pop("bf16")
+        lines.append([found["name"], str(found["kv_group_size"]), str(found["windows"]), f"{base:.2f}",
+                      *(f"{ppl[name]:,.2f} ({ppl[name] / base - 1:+.1%})" for name in KV_VARIANTS)])
+        sources.append(source(path, found))
+    yield "**The 4-bit KV cache alone**, under unquantised weights and activations: WikiText-2 perplexity (raw test)."
+    yield from [f"{text}." for text in sources]
+    yield ""
+    yield from table(["", "KV group size", "windows", "without it", *KV_VARIANTS], lines)
+    yield ""
 
 
 def yardstick() -> Iterator[str]:
@@ -110,11 +134,11 @@ def _ours(path: Path, counts: list[str]) -> list[list[str]]:
     rows = ablation_rows(ablation_path) if ablation_path.exists() else {}
     if rows:
         windows = str(rows["bf16"]["windows"])
-        wanted = (("bf16", "bf16", "bf16"), ("COMET W4A8 g64", "default", "W4A8"),
-                  ("COMET W4A8KV4 g64", "default", DEFAULT_MODE),
-                  ("COMET W4A8KV4 g64, targets corrected by half", "targets corrected by half", DEFAULT_MODE),
-                  ("COMET W4A8KV4 g64, KV groups of 128", "KV groups of 128", DEFAULT_MODE),
-                  ("COMET W4A8KV4 g128", "weight groups of 128", DEFAULT_MODE))
+        reference = _reference(rows)
+        note = "" if reference == "default" else f", {reference}"
+        wanted = (("bf16", "bf16", "bf16"), ("COMET W4A8 g64", reference, "W4A8"),
+                  (f"COMET W4A8KV4 g64{note}", reference, DEFAULT_MODE),
+                  (f"COMET W4A8KV4 g128{note}", "weight groups of 128", DEFAULT_MODE))
         return [[label, *_cells({"ppl": {windows: rows[variant]["ppl"][mode]}}, counts), _percent(rows[variant], mode)]
                 for label, variant, mode in wanted if variant in rows]
     if not accuracy_path.exists():
@@ -261,7 +285,7 @@ def scale() -> Iterator[str]:
 
 def write_readme() -> None:
     text = README.read_text()
-    for make in (scale, accuracy, ablation, shares, yardstick, gemm, attention, serve):
+    for make in (scale, accuracy, kv_cache, ablation, shares, yardstick, gemm, attention, serve):
         begin, end = f"<!-- {make.__name__}:begin -->\n", f"<!-- {make.__name__}:end -->"
         if begin not in text:
             continue
