@@ -4,7 +4,7 @@
     python examples/kv_cache.py MODEL --text wikitext2_test.raw.txt --windows 4 --name qwen2.5-1.5b
 
 MODEL is a Hugging Face folder, hub id or .gguf file with separate q, k and v projections. Weights and activations stay
-float; K and V are what the cache returns, with and without the offset and the smoothing of K that comet-calibrate finds.
+float; K and V are what the cache returns, with and without the offset and smoothing of K that comet-calibrate finds.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ class Layer:
         self.impl = backend_for(GROUP_SIZE).get_impl_cls()(
             HEADS * REPEAT, HEAD_DIM, HEAD_DIM**-0.5, HEADS, sliding_window=window)
         self.impl.prefill = prefill.paged_prefill
+        self.k_offset = torch.randn(HEADS, HEAD_DIM, device=DEVICE)
         if flash:
             self.impl.prefill = prefill.choose(config, HEADS, HEAD_DIM)
             self.impl.prefill.compiled = True  # else the first call gathers fresh prompts too
@@ -76,7 +77,7 @@ class Layer:
         q, key, value = qkv
         batch = self.builder.build(0, common)
         out = torch.full_like(q, float("nan"))
-        self.impl._forward_gpu(q, key, value, None, self.cache, batch, out)
+        self.impl._forward_gpu(q, key, value, self.k_offset, self.cache, batch, out)
         return out, batch, attention_ref(
             q, self.cache, table, starts, lens, GROUP_SIZE, self.impl.scale, self.impl.sliding_window)
 
