@@ -99,7 +99,8 @@ def kv_cache() -> Iterator[str]:
         ppl = {row["variant"]: row["ppl"] for row in found["rows"]}
         base = ppl.pop("bf16")
         lines.append([found["name"], str(found["kv_group_size"]), str(found["windows"]), f"{base:.2f}",
-                      *(f"{ppl[name]:,.2f} ({ppl[name] / base - 1:+.1%})" for name in KV_VARIANTS)])
+                      *(f"{ppl[name]:,.2f} ({ppl[name] / base - 1:+,.1%})" if name in ppl else ""
+                        for name in KV_VARIANTS)])
         sources.append(source(path, found))
     yield "**The 4-bit KV cache alone**, under unquantised weights and activations: WikiText-2 perplexity (raw test)."
     yield from [f"{text}." for text in sources]
