@@ -27,7 +27,7 @@ TOKENS = 8
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     # A seed whose greedy choices are clear enough to survive the other scales of two ranks.
-    return tiny.write(tmp_path_factory.mktemp("tiny") / "model", seed=7)
+    return tiny.write(tmp_path_factory.mktemp("tiny") / "model", seed=240)
 
 
 @pytest.fixture(scope="module")
