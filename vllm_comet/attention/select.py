@@ -75,12 +75,11 @@ def add_k_offset(layer: torch.nn.Module) -> None:
 def _load_k_offset(param: torch.nn.Parameter, loaded: torch.Tensor) -> None:
     """This rank's heads of ``loaded`` ``[KV heads, D]``; ranks beyond the heads share them."""
     size, rank = get_tensor_model_parallel_world_size(), get_tensor_model_parallel_rank()
-    first = rank * loaded.shape[0] // size
-    here = loaded[first : first + len(param)]
-    if here.shape != param.shape:
+    if loaded.shape[1:] != param.shape[1:] or len(param) != max(1, len(loaded) // size):
         raise CheckpointError(f"a checkpoint's {K_OFFSET} is {list(loaded.shape)}; its share of this rank must be "
                               f"{list(param.shape)}. Calibrate the model again.")
-    param.data.copy_(here)
+    first = rank * len(loaded) // size
+    param.data.copy_(loaded[first : first + len(param)])
 
 
 def _is_comet(backend: Any) -> bool:
