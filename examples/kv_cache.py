@@ -18,46 +18,47 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from ablation import VARIANTS
 from measure import Evaluator, add_arguments, device, header, save
 from transformers import PreTrainedModel
 
-from calibrate import kv_smooth
 from calibrate.data import load_text, token_windows
 from calibrate.decoder import DecoderBuilder
+from calibrate.kv_smooth import smooth_k
 from calibrate.loading import ModelSource, open_model
 from calibrate.models import Dims, family_of
 from calibrate.pipeline import CHUNK_TOKENS, Options, kv_format, layer_tensors
 from calibrate.simulate import kv4_attention, load_base
 from vllm_comet.checkpoint import K_OFFSET
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "no K offset": {"common_key": lambda _, k: torch.zeros_like(k[0, :, 0])},
-    "no K smoothing": {"_STEPS": 0},
-    "neither": {"common_key": lambda _, k: torch.zeros_like(k[0, :, 0]), "_STEPS": 0},
-}
-"""What is replaced in ``calibrate.kv_smooth``."""
+PARTS = ("no K offset", "no K smoothing")
+PATCHES: dict[str, dict[str, Any]] = {"default": {}, **{part: VARIANTS[part].patches for part in PARTS}}
+PATCHES["neither"] = {target: value for part in PARTS for target, value in PATCHES[part].items()}
+"""By variant, what is replaced in the calibrator, by dotted name."""
 Fitted = list[tuple[dict[str, torch.Tensor], torch.Tensor]]
 
 
 @torch.no_grad()
 def fit(source: ModelSource, windows: torch.Tensor, group_size: int) -> dict[str, Fitted]:
-    """By variant and layer: its tensors with K smoothed, names relative to the layer, and the offset of K."""
+    """By variant and layer: its attention's float32 tensors with K smoothed, and the offset of K ``[kv_heads, D]``.
+
+    windows: int64 ``[samples, length]`` of calibration text.
+    """
     config, dtype = source.config(), torch.float32
     family, dims = family_of(config), Dims.of(config)
     if family.fused:
         raise SystemExit(f"{config.architectures[0]} has q, k and v in one projection, which this script can't read.")
     builder = DecoderBuilder(config, family, device(), dtype)
     hidden = builder.embed(windows, source.tensor("model.embed_tokens.weight"))
-    found: dict[str, Fitted] = {name: [] for name in VARIANTS}
+    found: dict[str, Fitted] = {name: [] for name in PATCHES}
     for index in range(dims.layers):
         tensors = layer_tensors(source, index, family, dims)
-        for name, replaced in VARIANTS.items():
+        for name, replaced in PATCHES.items():
             layer = builder.build(index, tensors)
             with contextlib.ExitStack() as stack:
                 for target, replacement in replaced.items():
-                    stack.enter_context(patch.object(kv_smooth, target, replacement))
-                offset, _ = kv_smooth.smooth_k(layer, layer.attention_input(hidden), group_size)
+                    stack.enter_context(patch(target, replacement))
+                offset, _ = smooth_k(layer, layer.attention_input(hidden), group_size)
             folded = {n: p.clone() for n, p in layer.module.named_parameters() if n.startswith("self_attn.")}
             found[name].append((folded, offset))
         hidden = layer.forward(hidden)

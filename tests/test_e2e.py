@@ -159,7 +159,9 @@ def test_other_weight_formats(tmp_path, group_size):
     """A hidden size of 320 has a short last block; group size -1 has no group scales; older ones have no K offset."""
     model = tiny.write(tmp_path / "model", group_size, kv_group_size=32, slices=1, hidden_size=320,
                        k_offset=group_size == 128)
-    assert_agrees_with_torch(engine.run(model, [PROMPTS], TOKENS), load_comet(model))
+    run = engine.run(model, [PROMPTS], TOKENS)
+    assert_agrees_with_torch(run, load_comet(model))
+    assert ("4-bit KV cache has no offset for K" in run.log) == (group_size == -1)
 
 
 @pytest.mark.parametrize("name", ["Mistral", "Qwen2", "Qwen3", "Gemma3", *ROPES])

@@ -77,7 +77,10 @@ class Layer:
         q, key, value = qkv
         batch = self.builder.build(0, common)
         out = torch.full_like(q, float("nan"))
+        stored = self.cache.clone()
+        kv4_cache.store_kv_ref(key, value, stored, slots, GROUP_SIZE, self.k_offset)
         self.impl._forward_gpu(q, key, value, self.k_offset, self.cache, batch, out)
+        assert torch.equal(self.cache, stored)
         return out, batch, attention_ref(
             q, self.cache, table, starts, lens, GROUP_SIZE, self.impl.scale, self.impl.sliding_window)
 
