@@ -3,9 +3,9 @@
 
     python examples/ablation.py MODEL --text wikitext2_test.raw.txt --name smollm2-135m --jobs 8
 
-MODEL is a Hugging Face folder, hub id or .gguf file. Variants run side by side in ``--jobs`` processes; rows are
-written as they come. ``--start CHECKPOINT``, made with the same settings, serves as the default, and as what INT8
-shares and tuning start from.
+MODEL is a Hugging Face folder, hub id or .gguf file. The default is calibrated first, and INT8 shares and tuning start
+from it; then the variants run side by side in ``--jobs`` processes, and rows are written as they come. ``--start
+CHECKPOINT``, made with the same settings, saves that first calibration.
 """
 
 from __future__ import annotations
@@ -45,12 +45,14 @@ MODES: dict[str, tuple[Activations, bool]] = {
     "W4": ("none", False), "W4 KV4": ("none", True), "W4A8": ("int8", False), "W4A8KV4": ("int8", True),
     "W4AxKV4": ("mixed", True)}
 SHARES = (0.0, 0.08, 0.16, 0.25, 0.5, 1.0)
+MIXED = ("W4A8KV4", "W4AxKV4")
 
 
 @dataclass(frozen=True)
 class Variant:
     """options: of the calibrator. patches: what is replaced in it and in the measured model, by dotted name. share:
-    INT8 share given to a finished checkpoint; tune: settings of :class:`TuneOptions` for one. modes: that are measured.
+    INT8 share given to a finished checkpoint; tune: settings of :class:`TuneOptions` for one. modes: that are measured;
+    task_modes: those of them that answer the tasks.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -58,6 +60,7 @@ class Variant:
     share: float | None = None
     tune: dict[str, Any] | None = None
     modes: tuple[str, ...] = tuple(MODES)
+    task_modes: tuple[str, ...] = ("W4A8KV4",)
 
 
 def _unordered(hessian: torch.Tensor, damping: float, name: str, of: Callable = Compensation.of) -> Compensation:
@@ -72,7 +75,7 @@ def _diagonal(hessian: torch.Tensor, damping: float, name: str, of: Callable = C
 
 
 VARIANTS: dict[str, Variant] = {
-    "default": Variant(),
+    "default": Variant(task_modes=MIXED),
     "rounding to nearest": Variant(patches={"calibrate.rows.gptq": lambda w, _, grid: round_to_grid(w, grid),
                                             "calibrate.layer.Compensation.of": _diagonal,
                                             "calibrate.rows.SWEEPS": 0}),
@@ -92,9 +95,10 @@ VARIANTS: dict[str, Variant] = {
     "no K smoothing": Variant(patches={"calibrate.kv_smooth._STEPS": 0}),
     "K smoothing as if no channel were exact": Variant(patches={"calibrate.kv_smooth._exact": lambda *_: 0.0}),
     "K smoothing in 600 steps": Variant(patches={"calibrate.kv_smooth._STEPS": 600}),
-    "INT8 blocks by each linear's own error": Variant(patches={"calibrate.pipeline.BUDGET_ERROR": "mixed_error"}),
-    "INT4 activations not clipped": Variant(patches={"vllm_comet.kernels.act_quant.CLIP": 1.0},
-                                            modes=("W4A8KV4", "W4AxKV4")),
+    "INT8 blocks by each linear's own error": Variant(patches={"calibrate.pipeline.BUDGET_ERROR": "mixed_error"},
+                                                      task_modes=MIXED),
+    "INT4 activations not clipped": Variant(patches={"vllm_comet.kernels.act_quant.CLIP": 1.0}, modes=MIXED,
+                                            task_modes=MIXED),
     "weight groups of 128": Variant({"group_size": 128}),
     "KV groups of 128": Variant({"kv_group_size": 128}),
     "KV groups of 64": Variant({"kv_group_size": 64}),
@@ -105,7 +109,7 @@ VARIANTS: dict[str, Variant] = {
     "--tune 96, int8 steps only": Variant(tune={"steps": 96, "mixed_share": 0.0}),
     "--tune 96, int8 steps only, codes too": Variant(tune={"steps": 96, "mixed_share": 0.0, "code_rate": 0.003}),
     "--tune 288, int8 steps only, codes too": Variant(tune={"steps": 288, "mixed_share": 0.0, "code_rate": 0.003}),
-    **{f"INT8 share {share:g}": Variant(share=share, modes=("W4AxKV4",)) for share in SHARES},
+    **{f"INT8 share {share:g}": Variant(share=share, modes=MIXED[1:], task_modes=MIXED[1:]) for share in SHARES},
 }
 
 
@@ -123,12 +127,16 @@ def give_share(directory: Path, dims: Dims, share: float) -> None:
         fmt.save_shard({name: bits.get(name, tensor) for name, tensor in load_file(path).items()}, path)
 
 
+def options(args: argparse.Namespace, **changed: Any) -> Options:
+    return Options(**{"data": args.data, "length": args.length, **changed})
+
+
 def make(source: ModelSource, variant: Variant, args: argparse.Namespace, out: Path) -> None:
-    """Calibrate as ``variant`` says, or take a copy of ``--start``, and change it."""
-    if args.start is not None and not variant.options and not variant.patches:
-        shutil.copytree(args.start, out)
+    """Calibrate as ``variant`` says, or change a copy of the default's checkpoint."""
+    if variant.options or variant.patches:
+        calibrate(source, out, options(args, **variant.options))
     else:
-        calibrate(source, out, Options(**{"data": args.data, "length": args.length, **variant.options}))
+        shutil.copytree(args.start, out)
     if variant.share is not None:
         give_share(out, Dims.of(source.config()), variant.share)
     if variant.tune is not None:
@@ -138,7 +146,7 @@ def make(source: ModelSource, variant: Variant, args: argparse.Namespace, out: P
 
 
 def run(name: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """One row: perplexity by mode, on the text and on ``--valid``, and the zero-shot mean of W4A8KV4."""
+    """One row: perplexity by mode, on the text and on ``--valid``, and the zero-shot mean by mode."""
     torch.set_num_threads(1 if args.jobs > 1 else torch.get_num_threads())
     source, start = ModelSource(model), time.monotonic()
     dtype = torch.float32 if device().type == "cpu" else torch.bfloat16
@@ -160,7 +168,7 @@ def run(name: str, model: Path, args: argparse.Namespace) -> dict[str, Any]:
             row["ppl"][mode] = list(evaluate.perplexity(network).values())[-1]
             if choose is not None:
                 row["valid_ppl"][mode] = list(choose.perplexity(network).values())[-1]
-            if args.tasks and mode in args.task_modes:
+            if args.tasks and (variant is None or mode in variant.task_modes):
                 row.setdefault("zeroshot_mean", {})[mode] = evaluate.zeroshot(network)["zeroshot_mean"]
     return row
 
@@ -174,13 +182,15 @@ def main() -> None:
     parser.add_argument("--valid-windows", type=int, default=20)
     parser.add_argument("--start", type=Path, help="checkpoint of the default variant")
     parser.add_argument("--only", nargs="+", choices=["bf16", *VARIANTS], default=["bf16", *VARIANTS])
-    parser.add_argument("--task-modes", nargs="+", default=["bf16", "W4A8KV4"], help="modes that answer the tasks")
     parser.add_argument("--jobs", type=int, default=1, help="variants at a time (default: %(default)s)")
     add_arguments(parser)
     args = parser.parse_args()
     result, rows = header(args.name, args.commit), []
-    with open_model(args.model) as source, ProcessPoolExecutor(
-            args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with (open_model(args.model) as source, tempfile.TemporaryDirectory(prefix="comet-ablation-") as folder,
+          ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool):
+        if args.start is None and args.only != ["bf16"]:
+            args.start = Path(folder) / "default"
+            calibrate(source, args.start, options(args))
         longest_first = sorted(args.only, key=lambda name: name not in VARIANTS or VARIANTS[name].tune is None)
         tasks = {pool.submit(run, name, source.directory, args): name for name in longest_first}
         for task in as_completed(tasks):
