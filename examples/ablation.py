@@ -3,9 +3,9 @@
 
     python examples/ablation.py MODEL --text wikitext2_test.raw.txt --name smollm2-135m --jobs 8
 
-MODEL is a Hugging Face folder, hub id or .gguf file. The default is calibrated first, and INT8 shares and tuning start
-from it; then the variants run side by side in ``--jobs`` processes, and rows are written as they come. ``--start
-CHECKPOINT``, made with the same settings, saves that first calibration.
+MODEL is a Hugging Face folder, hub id or .gguf file. The default is calibrated first, where it or the INT8 shares and
+tuning that start from it are asked for; then the variants run side by side in ``--jobs`` processes, and rows are
+written as they come. ``--start CHECKPOINT``, made with the same settings, saves that first calibration.
 """
 
 from __future__ import annotations
@@ -61,6 +61,11 @@ class Variant:
     tune: dict[str, Any] | None = None
     modes: tuple[str, ...] = tuple(MODES)
     task_modes: tuple[str, ...] = ("W4A8KV4",)
+
+    @property
+    def from_default(self) -> bool:
+        """Whether it is made from the default's checkpoint, without a calibration of its own."""
+        return not self.options and not self.patches
 
 
 def _unordered(hessian: torch.Tensor, damping: float, name: str, of: Callable = Compensation.of) -> Compensation:
@@ -133,10 +138,10 @@ def options(args: argparse.Namespace, **changed: Any) -> Options:
 
 def make(source: ModelSource, variant: Variant, args: argparse.Namespace, out: Path) -> None:
     """Calibrate as ``variant`` says, or change a copy of the default's checkpoint."""
-    if variant.options or variant.patches:
-        calibrate(source, out, options(args, **variant.options))
-    else:
+    if variant.from_default:
         shutil.copytree(args.start, out)
+    else:
+        calibrate(source, out, options(args, **variant.options))
     if variant.share is not None:
         give_share(out, Dims.of(source.config()), variant.share)
     if variant.tune is not None:
@@ -188,7 +193,7 @@ def main() -> None:
     result, rows = header(args.name, args.commit), []
     with (open_model(args.model) as source, tempfile.TemporaryDirectory(prefix="comet-ablation-") as folder,
           ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as pool):
-        if args.start is None and args.only != ["bf16"]:
+        if args.start is None and any(name in VARIANTS and VARIANTS[name].from_default for name in args.only):
             args.start = Path(folder) / "default"
             calibrate(source, args.start, options(args))
         longest_first = sorted(args.only, key=lambda name: name not in VARIANTS or VARIANTS[name].tune is None)

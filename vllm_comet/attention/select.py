@@ -55,9 +55,9 @@ def select_kv_cache(layer: torch.nn.Module, prefix: str, fmt: KVCacheFormat) -> 
         layer.kv_cache_dtype, None, layer.attn_type, None,
     )
     if not fmt.k_offset:
-        logger.warning_once("COMET: this checkpoint's 4-bit KV cache has no offset for K, without which models with a "
-                            "bias in k_proj (Qwen2, Qwen2.5) lose all accuracy. Calibrate the model again, or serve "
-                            "with --kv-cache-dtype bfloat16.")
+        logger.warning_once("COMET: this checkpoint's 4-bit KV cache has no offset for K. Models with a bias in k_proj "
+                            "(Qwen2, Qwen2.5) lose all accuracy without it, others a little: calibrate the model again "
+                            "or, if it has such a bias, serve with --kv-cache-dtype bfloat16.")
     size = layer.impl.bytes_per_token
     logger.info_once("COMET 4-bit KV cache: %d bytes per token and KV head, %.2fx less than 16 bits (group size %d).",
                      size, 4 * layer.head_size / size, fmt.group_size)
